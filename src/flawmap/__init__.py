@@ -1,0 +1,52 @@
+"""Industrial visual anomaly detection: learns from good images alone what a good part looks like."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flawmap.calibration import Calibration, Threshold
+    from flawmap.datasets import Dataset, find_dataset
+    from flawmap.detector import Detector
+    from flawmap.errors import FlawmapError, ImageError
+    from flawmap.evaluation import EvaluationReport
+    from flawmap.images import find_images, read_image
+    from flawmap.inspection import Inspection, Region
+
+_PLACES = {
+    "Calibration": "calibration",
+    "Dataset": "datasets",
+    "Detector": "detector",
+    "EvaluationReport": "evaluation",
+    "FlawmapError": "errors",
+    "ImageError": "errors",
+    "Inspection": "inspection",
+    "Region": "inspection",
+    "Threshold": "calibration",
+    "find_dataset": "datasets",
+    "find_images": "images",
+    "read_image": "images",
+}
+
+__all__ = [
+    "Calibration",
+    "Dataset",
+    "Detector",
+    "EvaluationReport",
+    "FlawmapError",
+    "ImageError",
+    "Inspection",
+    "Region",
+    "Threshold",
+    "find_dataset",
+    "find_images",
+    "read_image",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Importing torch takes seconds; `flawmap --help` must not.
+    if name in _PLACES:
+        return getattr(import_module(f"flawmap.{_PLACES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,5 @@
+"""python -m flawmap"""
+
+from flawmap.cli import main
+
+main()

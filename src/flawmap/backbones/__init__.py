@@ -1,0 +1,28 @@
+"""Pretrained feature extractors by timm name, and the engines that run them."""
+
+from flawmap.backbones.catalogue import CATALOGUE, DEFAULT_BACKBONE
+from flawmap.backbones.engines import ENGINES, Engine, create_engine
+from flawmap.backbones.trunk import (
+    Backbone,
+    create_backbone,
+    default_image_levels,
+    default_levels,
+    level_names,
+    levels_at,
+    summaries,
+)
+
+__all__ = [
+    "CATALOGUE",
+    "DEFAULT_BACKBONE",
+    "ENGINES",
+    "Backbone",
+    "Engine",
+    "create_backbone",
+    "create_engine",
+    "default_image_levels",
+    "default_levels",
+    "level_names",
+    "levels_at",
+    "summaries",
+]

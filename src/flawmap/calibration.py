@@ -1,0 +1,179 @@
+"""From the scores of good images to p-values, thresholds and what they promise.
+
+Split conformal prediction (Vovk, Gammerman & Shafer 2005; Bates et al. 2023 for outlier detection) and the exact
+binomial interval (Clopper & Pearson 1934). Both hold for parts like the calibration parts, and for nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+GUARANTEES = ("marginal", "confidence")
+MODES = ("holdout", "crossfit", "folder")
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """A score at and above which a part is called a defect, and what is known of its false rejects.
+
+    Attributes:
+        value: the threshold, a float32 value.
+        rate: the false-reject rate stated for it, in 0..1.
+        requested: the rate that was asked for; None where the user gave the threshold itself.
+        guarantee: "marginal" (on average over calibration sets), "confidence" (with 95 % confidence), "estimate"
+            (cross-fitted scores, which promise nothing) or "none".
+        upper: the Clopper-Pearson upper bound on the rate with 95 % confidence; after cross-fitting an estimate too.
+        missing: how many more good images the requested rate needs; 0 where it is kept.
+    """
+
+    value: float
+    rate: float
+    requested: float | None
+    guarantee: str
+    upper: float
+    images: int
+    missing: int
+
+    def describe(self) -> str:
+        """One or two sentences for the user."""
+        if self.guarantee == "none":
+            return (
+                f"threshold {self.value:.6g}, given by the user: {self.rate:.2%} of {self.images} good images reach it"
+            )
+        kept = {
+            "marginal": f"at most {self.rate:.2%} of good parts are rejected on average (conformal)",
+            "confidence": f"with 95 % confidence at most {self.rate:.2%} of good parts are rejected (Clopper-Pearson)",
+            "estimate": f"about {self.rate:.2%} of good parts are rejected: an estimate, which promises nothing",
+        }[self.guarantee]
+        text = f"threshold {self.value:.6g} from {self.images} good images: {kept}"
+        if self.missing:
+            images = "image is" if self.missing == 1 else "images are"
+            text += f". {self.requested:.2%} was asked for: {self.missing} more good {images} needed for it"
+        return text
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Scores of good images the model was not fitted on.
+
+    Attributes:
+        scores: (n,) float32, of the images.
+        peaks: (n,) float32, the largest value of each image's anomaly map; empty for methods without a map.
+        mode: "holdout", "crossfit" or "folder": where the images came from. Only "crossfit" promises nothing.
+    """
+
+    scores: NDArray[np.float32]
+    peaks: NDArray[np.float32]
+    mode: str
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"mode must be one of {MODES}, got {self.mode!r}")
+        if self.scores.ndim != 1 or len(self.scores) == 0 or not np.isfinite(self.scores).all():
+            raise ValueError("calibration needs a one-dimensional array of at least one finite score")
+
+    def p_value(self, score: float) -> float:
+        """(1 + #{calibration scores >= score}) / (n + 1), in (0, 1]; small for abnormal images."""
+        return p_value(self.scores, score)
+
+    def threshold(self, rate: float = 0.01, guarantee: str = "marginal") -> Threshold:
+        """The lowest threshold that keeps the rate, or the strictest one there is: see `threshold_for`."""
+        return threshold_for(self.scores, rate, guarantee, promised=self.mode != "crossfit")
+
+    def threshold_at(self, value: float) -> Threshold:
+        """A threshold the user names, with the share of calibration images that reach it."""
+        rejected = int((self.scores >= np.float32(value)).sum())
+        n = len(self.scores)
+        return Threshold(float(np.float32(value)), rejected / n, None, "none", upper_bound(rejected, n), n, 0)
+
+    def pixel_threshold(self, rate: float = 0.01) -> Threshold:
+        """Where regions are cut: the conformal quantile of the maps' maxima, so a good image rarely shows a region."""
+        return threshold_for(self.peaks, rate, "marginal", promised=self.mode != "crossfit")
+
+
+def p_value(scores: NDArray[np.float32], score: float) -> float:
+    """The conformal p-value of `score` among the `scores` (n,) of good images."""
+    return (1 + int((scores >= np.float32(score)).sum())) / (len(scores) + 1)
+
+
+def threshold_for(
+    scores: NDArray[np.float32], rate: float, guarantee: str = "marginal", *, promised: bool = True
+) -> Threshold:
+    """The lowest threshold that lets at most `rate` of good parts be rejected.
+
+    marginal: `score >= threshold` exactly where the conformal p-value is at most `rate`; needs n >= 1/rate - 1.
+    confidence: the most calibration scores may reach it whose Clopper-Pearson bound stays within `rate`; 299 images for
+    1 %. Where `rate` cannot be kept the threshold lies just above the largest score and states its own rate.
+
+    Raises:
+        ValueError: `rate` outside (0, 1) or an unknown guarantee.
+    """
+    if not 0 < rate < 1:
+        raise ValueError(f"a false-reject rate lies between 0 and 1, got {rate}")
+    if guarantee not in GUARANTEES:
+        raise ValueError(f"guarantee must be one of {GUARANTEES}, got {guarantee!r}")
+    n = len(scores)
+    if guarantee == "marginal":
+        # A hair of slack, so that 0.01 with 99 images counts as 1/100 in spite of binary fractions.
+        allowed = math.floor(rate * (n + 1) * (1 + 1e-12)) - 1
+        needed = math.ceil((1 - 1e-12) / rate - 1)
+    else:
+        allowed = _largest(lambda k: upper_bound(k, n) <= rate, n)
+        needed = math.ceil(math.log(0.05) / math.log1p(-rate))
+    over = max(allowed, 0)
+    value = float(np.nextafter(np.sort(scores)[::-1][over], np.float32(np.inf), dtype=np.float32))
+    reached = int((scores >= np.float32(value)).sum())
+    upper = upper_bound(reached, n)
+    stated = upper if guarantee == "confidence" else (over + 1) / (n + 1)
+    kept = guarantee if promised else "estimate"
+    return Threshold(value, stated, rate, kept, upper, n, max(0, needed - n))
+
+
+def _largest(holds: Callable[[int], bool], n: int) -> int:
+    """The largest k in 0..n-1 for which the monotone `holds(k)` is true; -1 if none."""
+    low, high = -1, n - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle - 1)
+    return low
+
+
+def upper_bound(events: int, n: int, confidence: float = 0.95) -> float:
+    """One-sided Clopper-Pearson: at this rate, `events` or fewer in `n` are seen in 1 - confidence of all cases."""
+    return 1.0 if events >= n else _solve(lambda p: binomial_cdf(events, n, p), 1 - confidence)
+
+
+def binomial_interval(events: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """The two-sided Clopper-Pearson interval of a rate seen `events` times in `n`; (0, 1) where n is 0."""
+    if not 0 <= events <= n:
+        raise ValueError(f"events must lie in 0..{n}, got {events}")
+    tail = (1 - confidence) / 2
+    low = 0.0 if events == 0 else _solve(lambda p: binomial_cdf(events - 1, n, p), 1 - tail)
+    high = 1.0 if events == n else _solve(lambda p: binomial_cdf(events, n, p), tail)
+    return low, high
+
+
+def binomial_cdf(k: int, n: int, p: float) -> float:
+    """P(X <= k) for X ~ Binomial(n, p), summed in logarithms."""
+    if p <= 0:
+        return 1.0
+    if p >= 1:
+        return 1.0 if k >= n else 0.0
+    i = np.arange(k + 1)
+    log_factorials = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n + 1)))])
+    terms = log_factorials[n] - log_factorials[i] - log_factorials[n - i] + i * math.log(p) + (n - i) * math.log1p(-p)
+    return float(min(1.0, np.exp(terms).sum()))
+
+
+def _solve(falling: Callable[[float], float], target: float) -> float:
+    """The p in 0..1 at which a function that falls from 1 to 0 reaches `target`."""
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if falling(middle) > target else (low, middle)
+    return high

@@ -1,0 +1,64 @@
+"""The command line: parses, calls one function below, prints. Heavy imports happen inside the verbs."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import click
+
+from flawmap.errors import FlawmapError
+
+VERBS = {
+    "train": "Learn from good images and write a model file.",
+    "inspect": "Say of each image whether it is good, how sure, and where the flaw is.",
+    "evaluate": "Measure a model on a labelled data set.",
+    "sample": "Draw a small data set of parts with defects.",
+    "demo": "Draw a data set, train, evaluate and inspect, in under two minutes.",
+    "methods": "List the methods.",
+    "backbones": "List the backbones.",
+    "doctor": "Check this installation.",
+}
+
+
+class _Verbs(click.Group):
+    """Verbs are imported when they are run, so that `--help` answers at once."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name not in VERBS:
+            return None
+        module = "listings" if name in ("methods", "backbones", "doctor") else name
+        command: click.Command = getattr(importlib.import_module(f"flawmap.cli.{module}"), f"{name}_command")
+        return command
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(VERBS.items()))
+
+
+@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="flawmap", message="%(version)s")
+def flawmap() -> None:
+    """Industrial visual anomaly detection: learns from photos of good parts alone."""
+
+
+def main() -> None:
+    """Exit codes: 0 done, 2 nothing could be done, 3 some images could not be judged, 4 defects, 130 interrupted."""
+    try:
+        code = flawmap.main(standalone_mode=False, prog_name="flawmap")
+    except click.ClickException as error:
+        error.show()
+        code = 2
+    except FlawmapError as error:
+        click.echo(f"flawmap: {error}", err=True)
+        code = 2
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("flawmap: interrupted; no file was left half-written", err=True)
+        code = 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        code = 0
+    sys.exit(code)

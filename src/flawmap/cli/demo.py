@@ -1,0 +1,58 @@
+"""flawmap demo"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+
+import click
+
+_MARK = ".flawmap-demo"
+
+
+@click.command("demo")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path, file_okay=False), default=Path("demo"), show_default=True
+)
+def demo_command(output: Path) -> None:
+    """Draw a data set of screws, train on it, evaluate, and inspect its test images."""
+    from flawmap.cli.evaluate import report_table
+    from flawmap.cli.inspect import _draw, _make_folder
+    from flawmap.cli.progress import ProgressLines, quiet_libraries
+    from flawmap.datasets import find_dataset
+    from flawmap.datasets.drawn import draw_dataset
+    from flawmap.errors import FlawmapError
+
+    quiet_libraries()
+    start = time.monotonic()
+    if output.exists() and any(output.iterdir()):
+        if not (output / _MARK).exists():
+            raise FlawmapError(f"{output} is not empty and was not made by `flawmap demo`: give another folder with -o")
+        shutil.rmtree(output)
+    _make_folder(output)
+    (output / _MARK).touch()
+    data, model, heatmaps = output / "screws", output / "screws.safetensors", output / "heatmaps"
+    click.echo(f"$ flawmap sample {data}")
+    draw_dataset(data, "screws", 0)
+    dataset = find_dataset(data)
+    click.echo(dataset.describe())
+
+    from flawmap.detector import Detector
+
+    click.echo(f"\n$ flawmap train {data} -o {model}")
+    with ProgressLines() as progress:
+        detector = Detector().fit(dataset, progress=progress)
+    detector.save(model)
+    click.echo(detector.threshold_.describe())
+    click.echo(f"wrote {model} ({model.stat().st_size / 1e6:.1f} MB)")
+
+    click.echo(f"\n$ flawmap evaluate {model} {data}")
+    click.echo(report_table(detector.evaluate(dataset)))
+
+    click.echo(f"\n$ flawmap inspect {model} {data / 'test'} -o {heatmaps}")
+    paths = [sample.path for sample in dataset.test]
+    for path, inspection in zip(paths, detector.stream(paths), strict=True):
+        _draw(heatmaps / path.relative_to(data / "test"), path, inspection, detector.heat_scale())
+    click.echo(f"wrote {len(paths)} heatmaps to {heatmaps}")
+    click.echo(f"\ndone in {time.monotonic() - start:.0f} s")

@@ -1,0 +1,97 @@
+"""flawmap evaluate"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from flawmap.evaluation import EvaluationReport
+
+_TITLES = {
+    "image_auroc": "image AUROC",
+    "image_ap": "image AP",
+    "image_f1_max": "image F1-max (oracle)",
+    "pixel_auroc": "pixel AUROC",
+    "pixel_ap": "pixel AP",
+    "pixel_f1_max": "pixel F1-max (oracle)",
+    "aupro": "AUPRO (limit 0.3)",
+    "escape_rate": "escape rate",
+    "overkill_rate": "overkill rate",
+}
+
+
+@click.command("evaluate")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("data", type=click.Path(path_type=Path))
+@click.option("--category", help="One category of a data set root.")
+@click.option("--json", "json_file", metavar="FILE", help="Write the figures as one flat JSON object; - is stdout.")
+@click.option("--full-resolution", is_flag=True, help="Pixel figures on the original pixels, not at the input size.")
+@click.option("--engine", default="auto", show_default=True, help="auto, openvino, onnxruntime or torch.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+def evaluate_command(
+    model: Path,
+    data: Path,
+    category: str | None,
+    json_file: str | None,
+    full_resolution: bool,
+    engine: str,
+    device: str,
+) -> int:
+    """Measure MODEL on the labelled test images in DATA."""
+    from flawmap.cli.progress import ProgressLines, quiet_libraries
+    from flawmap.cli.train import check_output
+
+    quiet_libraries()
+    if json_file not in (None, "-"):
+        check_output(Path(str(json_file)))
+    from flawmap.datasets import find_dataset
+
+    dataset = find_dataset(data, category)
+
+    from flawmap.detector import Detector
+
+    detector = Detector.load(model, engine=engine, device=device)
+    with ProgressLines() as progress:
+        report = detector.evaluate(dataset, full_resolution=full_resolution, progress=progress)
+    text = json.dumps(report.to_json(), indent=2)
+    if json_file == "-":
+        click.echo(text)
+    else:
+        click.echo(dataset.describe())
+        click.echo(detector.threshold_.describe())
+        click.echo(report_table(report))
+    if json_file not in (None, "-"):
+        from flawmap.files import replacing
+
+        with replacing(Path(str(json_file))) as file:
+            file.write(text.encode() + b"\n")
+    for line in report.unjudged:
+        click.echo(f"flawmap: {line}", err=True)
+    if report.errors and not report.images:
+        return 2
+    return 3 if report.errors else 0
+
+
+def report_table(report: EvaluationReport) -> str:
+    """The figures with their 95 % intervals, and each kind of image with what became of it."""
+    lines = []
+    for name, title in _TITLES.items():
+        value, interval = report.figures[name], report.intervals[name]
+        shown = "-" if value is None else f"{value:.3f}"
+        spread = "" if interval is None else f"  [{interval[0]:.3f}, {interval[1]:.3f}]"
+        lines.append(f"{title:<22} {shown:>6}{spread}")
+    lines.append("")
+    width = max(len(kind) for kind in report.kinds)
+    lines.append(f"{'kind':<{width}}  images  rejected  not judged")
+    for kind, counts in report.kinds.items():
+        lines.append(f"{kind:<{width}}  {counts['images']:6d}  {counts['rejected']:8d}  {counts['errors']:10d}")
+    if report.without_mask:
+        lines.append(f"{report.without_mask} defective images have no mask and are left out of the pixel figures")
+    lines.append(
+        f"{report.images} images, {report.milliseconds_per_image or 0:.1f} ms each (median, decoding not counted)"
+    )
+    return "\n".join(lines)

@@ -1,0 +1,164 @@
+"""flawmap inspect"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from flawmap.inspection import Inspection
+
+_COLUMNS = ("path", "verdict", "score", "p_value", "threshold", "regions", "milliseconds", "error")
+
+
+@click.command("inspect")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="SOURCE...")
+@click.option("-o", "--output", type=click.Path(path_type=Path, file_okay=False), help="Folder for heatmaps and maps.")
+@click.option("--format", "form", type=click.Choice(["table", "jsonl", "csv"]), default="table", show_default=True)
+@click.option("--max-false-reject", type=float, help="Another false-reject rate than the model was trained for.")
+@click.option("--guarantee", type=click.Choice(["marginal", "confidence"]), help="What that rate promises.")
+@click.option("--threshold", type=float, help="A threshold on the raw score.")
+@click.option("--coco", type=click.Path(path_type=Path, dir_okay=False), help="Write the regions as a COCO file.")
+@click.option("--fail-on-defect", is_flag=True, help="Exit with 4 when a defect was found.")
+@click.option("--strict", is_flag=True, help="Stop at the first image that cannot be judged.")
+@click.option("--engine", default="auto", show_default=True, help="auto, openvino, onnxruntime or torch.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+def inspect_command(
+    model: Path,
+    sources: tuple[Path, ...],
+    output: Path | None,
+    form: str,
+    max_false_reject: float | None,
+    guarantee: str | None,
+    threshold: float | None,
+    coco: Path | None,
+    fail_on_defect: bool,
+    strict: bool,
+    engine: str,
+    device: str,
+) -> int:
+    """Inspect image files and folders with a trained MODEL.
+
+    With -o, each image gets a heatmap <name>_overlay.png and a 16-bit map <name>_map.png, below the same folders.
+    """
+    from flawmap.cli.progress import quiet_libraries
+    from flawmap.cli.train import check_output
+
+    quiet_libraries()
+    if max_false_reject is not None and threshold is not None:
+        raise click.UsageError("give --max-false-reject or --threshold, not both")
+    if coco is not None:
+        check_output(coco)
+    from flawmap.errors import FlawmapError
+    from flawmap.images import find_images
+
+    found: list[tuple[Path, Path]] = []  # each image with its name below the output folder
+    for source in sources:
+        below = [(path, path.relative_to(source)) for path in find_images(source)] if source.is_dir() else []
+        if source.is_dir() and not below:
+            raise FlawmapError(f"{source} holds no images: give a folder or files of JPEG, PNG, BMP, TIFF or WebP")
+        found += below or [(source, Path(source.name))]
+    if not any(path.exists() for path, _ in found):
+        raise FlawmapError(f"{found[0][0]} does not exist: check the path")
+
+    from flawmap.detector import Detector
+
+    detector = Detector.load(model, engine=engine, device=device)
+    if max_false_reject is not None:
+        detector = detector.with_threshold(max_false_reject=max_false_reject, guarantee=guarantee)
+    elif guarantee is not None:
+        detector = detector.with_threshold(max_false_reject=detector.max_false_reject, guarantee=guarantee)
+    elif threshold is not None:
+        detector = detector.with_threshold(threshold=threshold)
+    write = _Writer(form, max(len(str(path)) for path, _ in found))
+    click.echo(detector.threshold_.describe(), err=True)
+    if output is not None:
+        _make_folder(output)
+    counts = {"good": 0, "defect": 0, "error": 0}
+    unjudged: list[Inspection] = []
+    kept: list[Inspection] = []
+    for (path, name), inspection in zip(found, detector.stream(path for path, _ in found), strict=True):
+        counts[inspection.verdict] += 1
+        if inspection.verdict == "error":
+            if strict:
+                raise FlawmapError(str(inspection.error))
+            unjudged.append(inspection)
+        write(inspection)
+        if output is not None and inspection.verdict != "error":
+            _draw(output / name, path, inspection, detector.heat_scale())
+        if coco is not None:
+            kept.append(inspection.without_map())
+    if coco is not None:
+        from flawmap.files import replacing
+        from flawmap.report.overlays import coco as as_coco
+
+        with replacing(coco) as file:
+            file.write(json.dumps(as_coco(kept)).encode())
+    click.echo(f"{counts['good']} good, {counts['defect']} defect, {counts['error']} not judged", err=True)
+    for inspection in unjudged:
+        click.echo(f"flawmap: {inspection.error}", err=True)
+    if len(unjudged) == len(found):
+        return 2
+    if unjudged:
+        return 3
+    return 4 if fail_on_defect and counts["defect"] else 0
+
+
+class _Writer:
+    """Prints one inspection at a time, so that a long run can be followed and piped."""
+
+    def __init__(self, form: str, width: int) -> None:
+        self.form, self.width = form, width
+        if form == "csv":
+            self._row(_COLUMNS)
+        elif form == "table":
+            click.echo(f"{'image':<{width}}  verdict      score  p-value  regions")
+
+    def __call__(self, inspection: Inspection) -> None:
+        values = inspection.to_json()
+        if self.form == "jsonl":
+            click.echo(json.dumps(values))
+        elif self.form == "csv":
+            values["regions"] = len(values["regions"])
+            self._row(["" if values[column] is None else values[column] for column in _COLUMNS])
+        elif inspection.score is None:
+            click.echo(f"{values['path']:<{self.width}}  {'error':<7}")
+        else:
+            click.echo(
+                f"{values['path']:<{self.width}}  {inspection.verdict:<7}  {inspection.score:9.4g}  "
+                f"{inspection.p_value:7.4f}  {len(inspection.regions):7d}"
+            )
+
+    def _row(self, values: Iterable[object]) -> None:
+        line = io.StringIO()
+        csv.writer(line, lineterminator="").writerow(values)
+        click.echo(line.getvalue())
+
+
+def _draw(target: Path, path: Path, inspection: Inspection, scale: object) -> None:
+    from flawmap.images import read_image
+    from flawmap.report.overlays import HeatScale, write_map, write_overlay
+
+    if not isinstance(scale, HeatScale):  # a method without maps has nothing to draw
+        return
+    _make_folder(target.parent)
+    # The suffix stays in the name: a.png and a.jpg may lie side by side.
+    stem = target.name.replace(".", "_")
+    write_overlay(target.with_name(f"{stem}_overlay.png"), read_image(path), inspection, scale)
+    write_map(target.with_name(f"{stem}_map.png"), inspection, scale)
+
+
+def _make_folder(folder: Path) -> None:
+    from flawmap.files import unwritable
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(folder, error) from error

@@ -1,0 +1,20 @@
+"""flawmap sample"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command("sample")
+@click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
+@click.option("--kind", type=click.Choice(["screws", "fabric", "boards"]), default="screws", show_default=True)
+@click.option("--seed", default=0, show_default=True, help="Another seed draws other parts.")
+def sample_command(folder: Path, kind: str, seed: int) -> None:
+    """Draw a small data set of parts with four kinds of defect and exact masks, in the MVTec AD layout."""
+    from flawmap.datasets import find_dataset
+    from flawmap.datasets.drawn import draw_dataset
+
+    draw_dataset(folder, kind, seed)
+    click.echo(find_dataset(folder).describe())

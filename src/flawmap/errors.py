@@ -1,0 +1,11 @@
+"""The failures a user can mend. Each message is one line that names the thing and the remedy."""
+
+from __future__ import annotations
+
+
+class FlawmapError(Exception):
+    """Usage or input that cannot be worked with. The command line prints the message and exits with 2."""
+
+
+class ImageError(FlawmapError):
+    """One image (or mask) that cannot be judged. A run over many images goes on without it."""

@@ -1,0 +1,111 @@
+"""The verdict on one image, and the regions of its map."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flawmap.images import lay_back
+
+Verdict = Literal["good", "defect", "error"]
+
+
+@dataclass(frozen=True)
+class Region:
+    """A connected part of the map at or above the pixel threshold, on the original pixels.
+
+    Attributes:
+        box: (left, top, right, bottom) in pixels, right and bottom exclusive.
+        area: pixels.
+        peak: the largest value of the map in it.
+        mask: bool, of the box's size.
+    """
+
+    box: tuple[int, int, int, int]
+    area: int
+    peak: float
+    mask: NDArray[np.bool_] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a detector says of one image.
+
+    Attributes:
+        path: the file; None for an array.
+        verdict: "defect" where score >= threshold, else "good"; "error" where it could not be judged.
+        score: raw, in the method's own units, higher is more abnormal. None with "error".
+        p_value: the share of good images expected to score as high; None with "error".
+        threshold, pixel_threshold: what score and map were held against.
+        size: (height, width) of the original.
+        milliseconds: from pixels to verdict, this image's share of its batch.
+        error: one line, with verdict "error".
+        model_map: (h, w) float32 at the model's input size; None where there is none.
+    """
+
+    path: Path | None
+    verdict: Verdict
+    score: float | None = None
+    p_value: float | None = None
+    threshold: float | None = None
+    pixel_threshold: float | None = None
+    size: tuple[int, int] | None = None
+    milliseconds: float = 0.0
+    error: str | None = None
+    model_map: NDArray[np.float32] | None = field(default=None, repr=False)
+
+    @cached_property
+    def anomaly_map(self) -> NDArray[np.float32] | None:
+        """(H, W) float32 on the original pixels."""
+        return None if self.model_map is None or self.size is None else lay_back(self.model_map, self.size)
+
+    @cached_property
+    def regions(self) -> list[Region]:
+        """Where the map reaches the pixel threshold, largest peak first."""
+        if self.model_map is None or self.pixel_threshold is None or self.model_map.max() < self.pixel_threshold:
+            return []
+        assert self.anomaly_map is not None
+        return find_regions(self.anomaly_map, self.pixel_threshold)
+
+    def without_map(self) -> Inspection:
+        """The same, with its regions but without the map, for keeping many."""
+        regions, light = self.regions, replace(self, model_map=None)
+        light.__dict__["regions"] = regions
+        return light
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types, without the pixels."""
+        return {
+            "path": None if self.path is None else str(self.path),
+            "verdict": self.verdict,
+            "score": self.score,
+            "p_value": self.p_value,
+            "threshold": self.threshold,
+            "regions": [{"box": list(r.box), "area": r.area, "peak": r.peak} for r in self.regions],
+            "milliseconds": round(self.milliseconds, 2),
+            "error": self.error,
+        }
+
+
+def find_regions(anomaly_map: NDArray[np.float32], threshold: float) -> list[Region]:
+    """8-connected regions of (H, W) at or above `threshold`, largest peak first."""
+    from scipy import ndimage
+
+    labels, _ = ndimage.label(anomaly_map >= threshold, structure=np.ones((3, 3)))
+    regions = []
+    for label, (rows, columns) in enumerate(ndimage.find_objects(labels), start=1):
+        mask = labels[rows, columns] == label
+        regions.append(
+            Region(
+                box=(columns.start, rows.start, columns.stop, rows.stop),
+                area=int(mask.sum()),
+                peak=float(anomaly_map[rows, columns][mask].max()),
+                mask=mask,
+            )
+        )
+    return sorted(regions, key=lambda region: -region.peak)

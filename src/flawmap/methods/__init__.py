@@ -1,0 +1,6 @@
+"""One file per paper, each reading like it, behind one contract and one registry."""
+
+from flawmap.methods.contract import Collect, Config, Method, Optimise, Stage
+from flawmap.methods.registry import METHODS, configure, method_class
+
+__all__ = ["METHODS", "Collect", "Config", "Method", "Optimise", "Stage", "configure", "method_class"]

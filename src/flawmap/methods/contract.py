@@ -1,0 +1,154 @@
+"""What a method is: a module that says what has to happen in training, and turns features into an anomaly map.
+
+A method owns no loop. `stages()` yields what has to happen, in order; `flawmap.training` runs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from flawmap.backbones import Backbone
+
+Inputs = Literal["features", "images"]
+
+
+class Config(BaseModel):
+    """A method's settings. Every field can be set by `--set key=value`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True)
+class Collect:
+    """One pass over the training inputs, then a closing computation: moments, a bank, a coreset.
+
+    Attributes:
+        name: what the progress line says.
+        update: takes one batch: the list of maps (B, C, H, W) for "features", or [images (B, 3, H, W)].
+        close: computes the result and leaves it in the method's buffers; reports progress as (done, total).
+        inputs: what it collects from.
+        peak_bytes: what the stage holds at its highest, stated before it starts.
+    """
+
+    name: str
+    update: Callable[[list[Tensor]], None]
+    close: Callable[[Callable[[int, int], None]], None]
+    peak_bytes: int
+    inputs: Inputs = "features"
+
+
+@dataclass(frozen=True)
+class Optimise:
+    """Epochs of gradient steps.
+
+    Attributes:
+        name: what the progress line says.
+        loss: one batch, as in `Collect.update`, -> a scalar. Must be finite.
+        parameters: what is trained.
+        epochs, batch_size: the schedule; batches are drawn in an order given by the seed and the epoch.
+        optimiser: parameters -> optimiser.
+        schedule: (optimiser, steps in all) -> learning-rate schedule, stepped after every batch; None: constant.
+        clip: the gradient norm is clipped to it; None leaves it.
+        inputs: what it trains on.
+    """
+
+    name: str
+    loss: Callable[[list[Tensor]], Tensor]
+    parameters: Sequence[nn.Parameter]
+    epochs: int
+    batch_size: int
+    optimiser: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+    schedule: Callable[[torch.optim.Optimizer, int], torch.optim.lr_scheduler.LRScheduler] | None = None
+    clip: float | None = None
+    inputs: Inputs = "features"
+
+
+Stage = Collect | Optimise
+
+
+class Method(nn.Module):
+    """The contract. A method file holds a `Config` and one subclass of this.
+
+    Attributes:
+        Config: the settings' type.
+        presets: named settings; "paper" is the printed set-up.
+        localises: False for methods that score images only; they have no map.
+        optimises: True where stages train by gradient; such methods hold out good images for calibration, the others
+            cross-fit.
+    """
+
+    Config: ClassVar[type[Config]] = Config
+    presets: ClassVar[dict[str, dict[str, Any]]] = {}
+    localises: ClassVar[bool] = True
+    optimises: ClassVar[bool] = False
+
+    def __init__(self, config: Any, backbone: Backbone, size: tuple[int, int]) -> None:
+        """`size` is the input size (height, width); `backbone` reads `levels(config)`."""
+        super().__init__()
+        self.config = config
+        self.backbone = backbone
+        self.size = size
+
+    @classmethod
+    def resolved(cls, config: Any, backbone: str) -> Any:
+        """The settings with the backbone's own choices in place of what was left open, as the model file keeps them."""
+        return config
+
+    @classmethod
+    def levels(cls, config: Any) -> tuple[str, ...]:
+        """The backbone levels that `features` returns, in order, of resolved settings."""
+        raise NotImplementedError
+
+    def stages(self, images: int) -> Iterator[Stage]:
+        """What has to happen in training on `images` images, in order. A stage may rely on those before it."""
+        raise NotImplementedError
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """images (B, 3, H, W) -> the maps that the method reads."""
+        maps: list[Tensor] = self.backbone(images)
+        return maps
+
+    def score(self, features: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Anomaly map (B, 1, h, w), at whatever resolution the method has, and image score (B,).
+
+        Both float32, higher is more abnormal, in the method's own units. One call, since what gives the one mostly
+        gives the other.
+        """
+        raise NotImplementedError
+
+    def enlarge(self, anomaly_map: Tensor) -> Tensor:
+        """(B, 1, h, w) -> (B, 1, H, W) at the input size, smoothed as the method's paper does."""
+        raise NotImplementedError
+
+    def leave_one_out(self, features: list[Tensor]) -> tuple[Tensor, Tensor] | None:
+        """`score` of training images as if each had been left out of training, in closed form.
+
+        None, the default, where there is no closed form; calibration then refits on folds.
+        """
+        return None
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """images (B, 3, H, W) -> anomaly map (B, 1, H, W) and image score (B,)."""
+        anomaly_map, image_score = self.score(self.features(images))
+        return self.enlarge(anomaly_map), image_score
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Like `load_state_dict`, also for buffers whose size only training knew.
+
+        Raises:
+            KeyError, RuntimeError: tensors are missing, unknown, or of a shape the method cannot have.
+        """
+        for name, buffer in list(self.named_buffers()):
+            if name in state and state[name].shape != buffer.shape:
+                owner, _, key = name.rpartition(".")
+                module = self.get_submodule(owner)
+                if buffer.numel() != 0 or buffer.ndim != state[name].ndim:
+                    raise RuntimeError(f"{name} has shape {tuple(state[name].shape)}, expected {tuple(buffer.shape)}")
+                module.register_buffer(key, torch.empty_like(state[name]))
+        self.load_state_dict(state)

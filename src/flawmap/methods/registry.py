@@ -1,0 +1,78 @@
+"""The methods by name. A method's file is imported when it is first asked for."""
+
+from __future__ import annotations
+
+import importlib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from flawmap.errors import FlawmapError
+from flawmap.methods.contract import Config, Method
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One method: where its class is, and the paper it follows."""
+
+    name: str
+    location: str
+    paper: str
+
+    def load(self) -> type[Method]:
+        module, _, attribute = self.location.partition(":")
+        method: type[Method] = getattr(importlib.import_module(module), attribute)
+        return method
+
+
+METHODS: dict[str, Entry] = {
+    entry.name: entry
+    for entry in (
+        Entry("padim", "flawmap.methods.padim:PaDiM", "Defard et al., ICPR 2021"),
+        Entry("patchcore", "flawmap.methods.patchcore:PatchCore", "Roth et al., CVPR 2022"),
+    )
+}
+
+
+def method_class(name: str) -> type[Method]:
+    """Raises FlawmapError for a name that is not registered."""
+    if name not in METHODS:
+        raise FlawmapError(f"unknown method {name}: choose {', '.join(sorted(METHODS))}")
+    return METHODS[name].load()
+
+
+def configure(method: type[Method], settings: Mapping[str, Any], preset: str | None = None) -> Config:
+    """The method's settings: its defaults, then the preset's, then the user's.
+
+    Values may be text, as they come from the command line: lists are separated by commas.
+
+    Raises:
+        FlawmapError: an unknown preset or key, or a value that the key cannot take.
+    """
+    if preset not in (None, "default", *method.presets):
+        raise FlawmapError(f"unknown preset {preset}: choose {', '.join(('default', *method.presets))}")
+    chosen = dict(method.presets.get(preset or "default", {}))
+    for key, value in settings.items():
+        field = method.Config.model_fields.get(key)
+        if field is None:
+            raise FlawmapError(f"unknown setting {key}: choose {', '.join(method.Config.model_fields)}")
+        chosen[key] = _from_text(value, field.annotation) if isinstance(value, str) else value
+    try:
+        return method.Config(**chosen)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"][:1])
+        raise FlawmapError(f"setting {key}={settings.get(key)} is not valid: {first['msg'].lower()}") from error
+
+
+def _from_text(text: str, annotation: Any) -> Any:
+    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    if type(None) in options and text.lower() in ("none", "auto"):
+        return None
+    if any(typing.get_origin(option) is tuple for option in options):
+        return tuple(part.strip() for part in text.split(",") if part.strip())
+    return text

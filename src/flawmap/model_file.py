@@ -1,0 +1,79 @@
+"""The model file: one safetensors file whose whole metadata is one key of canonical JSON. Nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flawmap.errors import FlawmapError
+from flawmap.files import replacing
+
+FORMAT = 1
+_KEY = "flawmap"
+
+
+def write_model(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Writes tensors and metadata; equal arguments give equal bytes.
+
+    `metadata` must be JSON without times, durations or paths. The format's version and a digest over all the rest are
+    added.
+
+    Raises:
+        FlawmapError: the file cannot be written.
+    """
+    from safetensors.torch import save
+
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
+    content = {**metadata, "format": FORMAT}
+    content["digest"] = _digest(tensors, content)
+    with replacing(path) as file:
+        file.write(save(tensors, {_KEY: _canonical(content)}))
+
+
+def read_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and metadata of a model file, checked against its digest.
+
+    Raises:
+        FlawmapError: the file is missing, is no flawmap model, was cut off or edited, or is of a newer format.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise FlawmapError(f"model file {path} does not exist: train one with `flawmap train DATA -o {path}`")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            # A copy: tensors mapped from the file would change or fail with it.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise FlawmapError(
+            f"{path} is not a whole safetensors file ({error}): copy it again, or train again"
+        ) from error
+    try:
+        content = json.loads(metadata[_KEY])
+        version, digest = content["format"], content.pop("digest")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise FlawmapError(f"{path} is not a flawmap model: train one with `flawmap train`") from error
+    if version != FORMAT:
+        raise FlawmapError(f"{path} has format {version}, this flawmap reads {FORMAT}: upgrade flawmap, or train again")
+    if digest != _digest(tensors, content):
+        raise FlawmapError(f"{path} was changed after training (its digest differs): copy it again, or train again")
+    return tensors, content
+
+
+def _canonical(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _digest(tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> str:
+    sha = hashlib.sha256(_canonical(content).encode())
+    for name, tensor in sorted(tensors.items()):
+        sha.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()

@@ -1,0 +1,145 @@
+"""Heatmaps over the original pixels, on one fixed scale taken from good images, and maps as 16-bit files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from flawmap.files import replacing
+from flawmap.inspection import Inspection, Region
+
+# Anchors of the heat colours, from just above what good parts show to far beyond it: yellow, orange, red, dark red.
+_COLOURS = np.array([(255, 236, 120), (253, 174, 60), (227, 40, 30), (128, 0, 38)], dtype=np.float32)
+_OPACITY = 0.65
+_CONTOUR = (0, 220, 255)
+
+
+@dataclass(frozen=True)
+class HeatScale:
+    """What the colours mean, the same for every image a model inspects.
+
+    Attributes:
+        low: map values up to it stay uncoloured: half of all good images never exceed it.
+        high: map values from it on have the last colour.
+    """
+
+    low: float
+    high: float
+
+    @classmethod
+    def from_good(cls, peaks: NDArray[np.float32], pixel_threshold: float) -> HeatScale:
+        """From the map maxima (n,) of good images: the pixel threshold lies halfway up the scale."""
+        low = float(np.median(peaks))
+        reach = max(float(pixel_threshold) - low, 1e-6 * max(abs(low), 1.0))
+        return cls(low, low + 2 * reach)
+
+    def heat(self, anomaly_map: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(H, W) in the method's units -> 0..1."""
+        heat: NDArray[np.float32] = np.clip((anomaly_map - self.low) / (self.high - self.low), 0, 1).astype(np.float32)
+        return heat
+
+
+def overlay(pixels: NDArray[Any], inspection: Inspection, scale: HeatScale) -> NDArray[np.uint8]:
+    """The image with its heat laid over it and its regions outlined, uint8 (H, W, 3)."""
+    picture = as_rgb(pixels).astype(np.float32)
+    if inspection.anomaly_map is not None:
+        heat = scale.heat(inspection.anomaly_map)[..., None]  # (H, W, 1)
+        position = heat[..., 0] * (len(_COLOURS) - 1)
+        index = np.minimum(position.astype(int), len(_COLOURS) - 2)
+        part = (position - index)[..., None]
+        colour = _COLOURS[index] * (1 - part) + _COLOURS[index + 1] * part
+        opacity = _OPACITY * np.minimum(heat * 2, 1)  # fades in, so that nothing has an edge that is not in the map
+        picture = picture * (1 - opacity) + colour * opacity
+    drawn: NDArray[np.uint8] = picture.round().astype(np.uint8)
+    for region in inspection.regions:
+        _outline(drawn, region)
+    return drawn
+
+
+def _outline(picture: NDArray[np.uint8], region: Region) -> None:
+    from scipy import ndimage
+
+    width = max(1, round(max(picture.shape[:2]) / 300))
+    left, top = region.box[:2]
+    padded = np.pad(region.mask, width)
+    ring = ndimage.binary_dilation(padded, iterations=width, structure=np.ones((3, 3))) & ~padded
+    rows, columns = np.nonzero(ring)
+    rows, columns = rows + top - width, columns + left - width
+    inside = (rows >= 0) & (rows < picture.shape[0]) & (columns >= 0) & (columns < picture.shape[1])
+    picture[rows[inside], columns[inside]] = _CONTOUR
+
+
+def as_rgb(pixels: NDArray[Any]) -> NDArray[np.uint8]:
+    """Any image flawmap reads as uint8 (H, W, 3); 16-bit images are stretched to their own brightest pixel."""
+    if pixels.dtype != np.uint8:
+        top = float(pixels.max()) or 1.0
+        pixels = (pixels * (255.0 / top)).round().astype(np.uint8)
+    return np.repeat(pixels[..., None], 3, axis=2) if pixels.ndim == 2 else pixels
+
+
+def write_overlay(path: Path, pixels: NDArray[Any], inspection: Inspection, scale: HeatScale) -> None:
+    """Writes the overlay as PNG."""
+    _write_png(path, Image.fromarray(overlay(pixels, inspection, scale)))
+
+
+def write_map(path: Path, inspection: Inspection, scale: HeatScale) -> None:
+    """Writes the map as a 16-bit grey PNG on the original pixels: 0 is map value 0, 65535 twice the scale's end.
+
+    The value of a pixel is `pixel / 65535 * 2 * scale.high`; larger values are clipped.
+    """
+    assert inspection.anomaly_map is not None
+    values = np.clip(inspection.anomaly_map / (2 * scale.high), 0, 1) * 65535
+    _write_png(path, Image.fromarray(values.round().astype(np.uint16)))
+
+
+def _write_png(path: Path, image: Image.Image) -> None:
+    with replacing(path) as file:
+        image.save(file, format="PNG", compress_level=3)
+
+
+def coco(inspections: Sequence[Inspection]) -> dict[str, Any]:
+    """The regions as a COCO object: images, one category `defect`, annotations with box, area and run-length mask."""
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for number, inspection in enumerate(inspections, start=1):
+        if inspection.size is None:
+            continue
+        height, width = inspection.size
+        images.append({"id": number, "file_name": str(inspection.path), "height": height, "width": width})
+        for region in inspection.regions:
+            left, top, right, bottom = region.box
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": number,
+                    "category_id": 1,
+                    "bbox": [left, top, right - left, bottom - top],
+                    "area": region.area,
+                    "score": region.peak,
+                    "iscrowd": 0,
+                    "segmentation": run_lengths(region, (height, width)),
+                }
+            )
+    return {
+        "info": {"description": "flawmap regions"},
+        "images": images,
+        "categories": [{"id": 1, "name": "defect"}],
+        "annotations": annotations,
+    }
+
+
+def run_lengths(region: Region, size: tuple[int, int]) -> dict[str, Any]:
+    """COCO's uncompressed run-length encoding: runs down the columns, background first."""
+    mask = np.zeros(size, dtype=bool)
+    left, top, right, bottom = region.box
+    mask[top:bottom, left:right] = region.mask
+    flat = mask.ravel(order="F")
+    edges = np.flatnonzero(np.diff(flat.astype(np.int8))) + 1
+    runs = np.diff(np.concatenate([[0], edges, [flat.size]])).tolist()
+    return {"size": list(size), "counts": ([0, *runs] if flat[0] else runs)}
