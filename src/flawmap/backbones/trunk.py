@@ -160,9 +160,9 @@ def levels_at(name: str, reductions: Sequence[int]) -> tuple[str, ...]:
     return tuple(wanted or [info[-1]["module"]])
 
 
-def default_image_levels(name: str) -> tuple[str, ...]:
-    """Deeper levels for the score of whole images, where the catalogue knows some."""
-    return CATALOGUE[name].image_levels if name in CATALOGUE else ()
+def default_deep_levels(name: str) -> tuple[str, ...]:
+    """Deeper, coarser levels that add to them, where the catalogue knows some."""
+    return CATALOGUE[name].deep_levels if name in CATALOGUE else ()
 
 
 def create_backbone(

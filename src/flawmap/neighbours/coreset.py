@@ -3,29 +3,32 @@
 Plain greedy updates the distance of every point to every pick: N x k x D products, one matrix-vector product at a time.
 Here distances are brought up to date only where it can matter. A distance that lacks the latest picks is still an upper
 bound, since picks only ever lower it; so the farthest of a small block of up-to-date points is the farthest of all
-as soon as it exceeds every bound outside the block. Points deep inside the cover are hardly ever looked at again.
+as soon as it exceeds every bound outside the block. Points deep inside the cover are hardly ever looked at again, and
+what has to be caught up with is caught up with in one matrix product.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
-_REFRESH_ROWS = 1024
+_REFRESH_ROWS = 1024  # points a product takes at a time: it stays in the cache until its maxima are taken
+_BLOCK = 8192
 
 
 def k_center_greedy(
-    points: Tensor, k: int, *, block: int | None = None, progress: Callable[[int, int], None] | None = None
-) -> Tensor:
+    points: NDArray[Any], k: int, *, block: int | None = None, progress: Callable[[int, int], None] | None = None
+) -> NDArray[np.int64]:
     """Indices of a greedy k-center cover of `points`, in the order in which greedy picks them.
 
     The first pick is the point farthest from the mean; each further one is the point farthest from all picks so far,
     the lowest index among equals. Distances are Euclidean in the full space, without a random projection.
 
     Args:
-        points: (N, D) float32 or float64, on any device; left as it is.
+        points: (N, D) float32 or float64; left as it is.
         k: how many to pick, at least 1. Points no farther apart than the rounding of their type count as one, so fewer
             come back where fewer distinct points exist.
         block: how many of the farthest points are looked at together; chosen from N by default. Changes only speed.
@@ -35,93 +38,100 @@ def k_center_greedy(
         (<= k,) int64. In float64 the indices of plain greedy; in float32 ties within rounding may fall otherwise.
 
     Raises:
-        ValueError: `points` is empty, not two-dimensional or not finite, or k < 1.
+        ValueError: `points` is empty, not two-dimensional, not floating or not finite, or k < 1.
     """
-    if points.ndim != 2 or len(points) == 0:
-        raise ValueError(f"points must be (N, D) with N >= 1, got {tuple(points.shape)}")
+    if points.ndim != 2 or len(points) == 0 or points.dtype.kind != "f":
+        raise ValueError(f"points must be floating (N, D) with N >= 1, got {points.dtype} {points.shape}")
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
-    count = len(points)
+    count, width = points.shape
     mean = points.mean(0)
-    bounds = torch.cat([(rows - mean).square().sum(1) for rows in points.split(65536)])  # (N,)
-    if not bool(torch.isfinite(bounds).all()):
+    bounds = np.concatenate([_square(points[i : i + 8192] - mean) for i in range(0, count, 8192)])  # (N,)
+    if not np.isfinite(bounds).all():
         raise ValueError("points must be finite")
     # Squared distances come from |x|^2 - 2 xc + |c|^2, whose rounding is relative to the norms, not to the distance.
     # A point as the origin, unlike the mean, leaves ties between integer coordinates exact.
     origin = points[0]
-    same = 32 * torch.finfo(points.dtype).eps * float(bounds.max())
-    block = min(count, block or max(2048, count // 100))
+    same = 32 * float(np.finfo(points.dtype).eps) * float(bounds.max())
+    block = min(count, block or min(max(2048, count // 10), _BLOCK))
 
-    centres = torch.empty(min(k, count), points.shape[1], dtype=points.dtype, device=points.device)
-    half_norms = torch.empty(len(centres), dtype=points.dtype, device=points.device)
-    applied = torch.zeros(count, dtype=torch.int64, device=points.device)  # how many picks each bound has seen
+    # Picks c are kept as [c, |c|^2 / 2] and points as [x, -1]: one product gives x c - |c|^2 / 2.
+    centres = np.empty((min(k, count), width + 1), points.dtype)
+    product = np.empty(_REFRESH_ROWS * len(centres), points.dtype)
+    applied = np.zeros(count, np.int64)  # how many picks each bound has seen
     picks: list[int] = []
 
     def pick(index: int) -> None:
-        centres[len(picks)] = points[index] - origin
-        half_norms[len(picks)] = centres[len(picks)].square().sum() / 2
+        centre = points[index] - origin
+        centres[len(picks), :width] = centre
+        centres[len(picks), width] = np.dot(centre, centre) / 2
         picks.append(index)
 
-    def refresh(indices: Tensor) -> Tensor:
-        """Brings the bounds of `indices`, ordered by `applied`, up to date; returns their centred points (n, D)."""
-        rows = points[indices] - origin
+    def refresh(indices: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Brings the bounds of `indices`, ordered by `applied`, up to date; returns [x, -1] (n, D + 1) and |x|^2 (n,)."""
+        rows = np.empty((len(indices), width + 1), points.dtype)
+        np.subtract(points[indices], origin, out=rows[:, :width])
+        rows[:, width] = -1
+        norms = _square(rows[:, :width])
         for start in range(0, len(indices), _REFRESH_ROWS):
             part = indices[start : start + _REFRESH_ROWS]
-            oldest = int(applied[part[0]])
-            if oldest < len(picks):
-                x = rows[start : start + _REFRESH_ROWS]
-                missed = slice(oldest, len(picks))
-                nearest = (x @ centres[missed].T).sub_(half_norms[missed]).amax(1)  # (n,) x c - |c|^2 / 2
-                bounds[part] = torch.minimum(bounds[part], (x.square().sum(1) - 2 * nearest).clamp_min_(0))
+            missed = centres[applied[part[0]] : len(picks)]
+            if len(missed):
+                out = product[: len(part) * len(missed)].reshape(len(part), len(missed))
+                closest = np.matmul(rows[start : start + len(part)], missed.T, out=out).max(1)
+                squared = np.maximum(norms[start : start + len(part)] - 2 * closest, 0)
+                bounds[part] = np.minimum(bounds[part], squared)
         applied[indices] = len(picks)
-        return rows
+        return rows, norms
 
     pick(int(bounds.argmax()))
-    bounds.fill_(torch.inf)
+    bounds.fill(np.inf)
     while len(picks) < len(centres):
-        top = bounds.topk(block, sorted=False).indices
+        top = np.argpartition(bounds, count - block)[count - block :]
         outside = _largest_outside(bounds, top)
-        top = top[applied[top].argsort(stable=True)]
-        rows = refresh(top)
-        contenders = (bounds[top] > outside).nonzero().squeeze(1)
+        top = top[np.argsort(applied[top], kind="stable")]
+        rows, norms = refresh(top)
+        contenders = np.flatnonzero(bounds[top] > outside)
         if len(contenders) == 0:
-            best = float(bounds[top].max())
+            best = bounds[top].max()
             if best < outside:
                 continue
             # A tie with points outside the block: all of them must be up to date before the lowest index can win.
-            tied = (bounds >= best).nonzero().squeeze(1)
-            refresh(tied[applied[tied].argsort(stable=True)])
+            tied = np.flatnonzero(bounds >= best)
+            refresh(tied[np.argsort(applied[tied], kind="stable")])
             if best <= same:
                 break
             pick(int(bounds.argmax()))
             continue
         contenders = contenders[top[contenders].argsort()]  # by index, so that argmax takes the lowest among equals
-        top, rows = top[contenders], rows[contenders]
-        near, norms = bounds[top], rows.square().sum(1)
+        top, rows, norms = top[contenders], rows[contenders], norms[contenders]
+        near = bounds[top]
         while len(picks) < len(centres):
             best_at = int(near.argmax())
-            if float(near[best_at]) <= max(outside, same):
+            if near[best_at] <= max(outside, same):
                 break
             pick(int(top[best_at]))
-            c = len(picks) - 1
-            distances = torch.addmv(norms + 2 * half_norms[c], rows, centres[c], alpha=-2)
-            near = torch.minimum(near, distances.clamp_min_(0))
+            squared = norms - 2 * (rows @ centres[len(picks) - 1])
+            np.minimum(near, np.maximum(squared, 0, out=squared), out=near)
             near[best_at] = 0
         bounds[top] = near
         applied[top] = len(picks)
         if progress is not None:
             progress(len(picks), len(centres))
-        if float(near.max()) <= same and outside <= same:
+        if near.max() <= same and outside <= same:
             break
-    return torch.tensor(picks, dtype=torch.int64, device=points.device)
+    return np.array(picks, dtype=np.int64)
 
 
-def _largest_outside(bounds: Tensor, top: Tensor) -> float:
+def _square(rows: NDArray[Any]) -> NDArray[Any]:
+    squares: NDArray[Any] = np.einsum("nd,nd->n", rows, rows)
+    return squares
+
+
+def _largest_outside(bounds: NDArray[Any], top: NDArray[np.int64]) -> float:
     """The largest of `bounds` (N,) not among the indices `top`; -inf when nothing is left."""
-    if len(top) == len(bounds):
-        return -torch.inf
     inside = bounds[top]
-    bounds[top] = -torch.inf
+    bounds[top] = -np.inf
     largest = float(bounds.max())
     bounds[top] = inside
     return largest

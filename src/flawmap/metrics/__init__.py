@@ -1,0 +1,24 @@
+"""Figures of how well scores and maps tell defects from good: exact functions, and a streaming twin for pixels."""
+
+from flawmap.metrics.aupimo import aupimo
+from flawmap.metrics.bootstrap import bootstrap_interval
+from flawmap.metrics.ranking import auroc, average_precision, f1_max, precision_recall_curve, roc_curve
+from flawmap.metrics.regions import aupro, pro_curve
+from flawmap.metrics.streaming import PixelCurves, PixelFigures
+from flawmap.metrics.verdicts import escape_rate, overkill_rate
+
+__all__ = [
+    "PixelCurves",
+    "PixelFigures",
+    "aupimo",
+    "aupro",
+    "auroc",
+    "average_precision",
+    "bootstrap_interval",
+    "escape_rate",
+    "f1_max",
+    "overkill_rate",
+    "precision_recall_curve",
+    "pro_curve",
+    "roc_curve",
+]
