@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from flawmap.images import find_images, read_image
     from flawmap.inspection import Inspection, Region
 
-# Waiting threads of one library (PyTorch's, NumPy's) would otherwise spin on the cores that another one is about to use:
-# inspection takes half as long again. Read when those libraries load, so only where flawmap is imported before them.
+# Waiting threads of PyTorch and NumPy would otherwise spin on the cores that the inference engine is about to use, and
+# inspection takes half as long again. Both read it when they load, so it works where flawmap is imported before them.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
 

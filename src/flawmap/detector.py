@@ -151,7 +151,8 @@ class Detector:
                 if strict:
                     raise error
                 log.warning("left out of training: %s", error)
-            read = [path for path in paths if path in set(data.paths)]
+            readable = set(data.paths)
+            read = [path for path in paths if path in readable]
             fitting = list(range(len(read)))
             if len(fitting) < 2:
                 raise FlawmapError(f"only {len(fitting)} of {len(paths)} good training images can be read")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -97,7 +97,7 @@ class TrainingData:
         self.paths: list[Path] = []
         self.unreadable: list[ImageError] = []
         self._folder = tempfile.TemporaryDirectory(prefix="flawmap-", ignore_cleanup_errors=True)
-        self._features: list[NDArray[np.float32]] = []
+        self._shapes: list[tuple[int, ...]] = []  # (N, C, h, w) of each level
         try:
             self._extract(paths, engine, progress, announce)
         except BaseException as error:
@@ -119,18 +119,13 @@ class TrainingData:
                     self.paths.append(path)
             if len(images):
                 maps = engine(images)
-                if not self._features:
+                if not self._shapes:
                     held = sum(level[0].nbytes for level in maps) * len(paths)
                     announce(f"features of {len(paths)} images: {held / 1e6:.0f} MB on disk while training")
-                    self._features = [
-                        np.lib.format.open_memmap(
-                            Path(self._folder.name, f"level{i}.npy"), "w+", np.float32, (len(paths), *level.shape[1:])
-                        )
-                        for i, level in enumerate(maps)
-                    ]
+                    self._shapes = [(len(paths), *level.shape[1:]) for level in maps]
                 start = len(self.paths) - len(images)
-                for kept, level in zip(self._features, maps, strict=True):
-                    kept[start : start + len(level)] = level
+                for i, level in enumerate(maps):
+                    self._level(i, "w+" if start == 0 else "r+")[start : start + len(level)] = level
             done += len(found)
             progress("features", done, len(paths))
 
@@ -138,12 +133,15 @@ class TrainingData:
         return self
 
     def __exit__(self, *reason: object) -> None:
-        self._features = []
         self._folder.cleanup()
 
     def features(self, indices: Sequence[int]) -> list[Tensor]:
         """The maps (B, C, H, W) of some images."""
-        return [torch.from_numpy(np.asarray(level[list(indices)])) for level in self._features]
+        return [torch.from_numpy(np.array(self._level(i, "r")[list(indices)])) for i in range(len(self._shapes))]
+
+    def _level(self, i: int, mode: Literal["r", "r+", "w+"]) -> NDArray[np.float32]:
+        # Mapped anew for each batch, so that the pages of earlier batches do not stay in memory.
+        return np.memmap(Path(self._folder.name, f"level{i}"), np.float32, mode, shape=self._shapes[i])
 
     def images(self, indices: Sequence[int]) -> list[Tensor]:
         """[images (B, 3, H, W)]."""

@@ -16,7 +16,7 @@ _MARK = ".flawmap-demo"
     "-o", "--output", type=click.Path(path_type=Path, file_okay=False), default=Path("demo"), show_default=True
 )
 def demo_command(output: Path) -> None:
-    """Draw a data set of screws, train on it, evaluate, and inspect its test images."""
+    """Draw a data set of circuit boards, train on it, evaluate, and inspect its test images."""
     from flawmap.cli.evaluate import report_table
     from flawmap.cli.inspect import _draw, _make_folder
     from flawmap.cli.progress import ProgressLines, quiet_libraries
@@ -32,17 +32,17 @@ def demo_command(output: Path) -> None:
         shutil.rmtree(output)
     _make_folder(output)
     (output / _MARK).touch()
-    data, model, heatmaps = output / "screws", output / "screws.safetensors", output / "heatmaps"
+    data, model, heatmaps = output / "boards", output / "boards.safetensors", output / "heatmaps"
     click.echo(f"$ flawmap sample {data}")
-    draw_dataset(data, "screws", 0)
+    draw_dataset(data, "boards", 0)
     dataset = find_dataset(data)
     click.echo(dataset.describe())
 
     from flawmap.detector import Detector
 
-    click.echo(f"\n$ flawmap train {data} -o {model}")
+    click.echo(f"\n$ flawmap train {data} -o {model} --method padim")
     with ProgressLines() as progress:
-        detector = Detector().fit(dataset, progress=progress)
+        detector = Detector("padim").fit(dataset, progress=progress)
     detector.save(model)
     click.echo(detector.threshold_.describe())
     click.echo(f"wrote {model} ({model.stat().st_size / 1e6:.1f} MB)")

@@ -15,6 +15,7 @@ Where this differs from the paper, and the setting that takes the difference bac
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Literal
 
@@ -27,7 +28,8 @@ from flawmap.backbones import Backbone, levels_at
 from flawmap.methods.contract import Collect, Config, Method, Stage
 from flawmap.methods.smoothing import Enlarge
 
-_POSITIONS = 256  # positions whose covariance is factored at a time
+_POSITIONS = 512  # positions whose sums are one allocation, large enough that freeing it gives memory back
+_AT_ONCE = 64  # positions whose products stay in the cache
 
 
 class PaDiMConfig(Config):
@@ -75,13 +77,12 @@ class PaDiM(Method):
 
     def embed(self, features: list[Tensor]) -> Tensor:
         """-> (P, B, C): reduced patch embeddings, positions first."""
-        batch = len(features[0])
-        embedded = torch.zeros(batch, self.width, *self.grid, device=self.reduce.device)
+        embedded = torch.zeros((), device=self.reduce.device)
         start = 0
         for maps in features:  # reducing before enlarging: both are linear, and there is less to enlarge
             part = self.reduce[:, start : start + maps.shape[1]]
             start += maps.shape[1]
-            reduced = (part @ maps.flatten(2)).view(batch, self.width, *maps.shape[-2:])
+            reduced = (part @ maps.flatten(2)).unflatten(2, maps.shape[-2:])
             if maps.shape[-2:] != self.grid:
                 reduced = F.interpolate(reduced, size=self.grid, mode="bilinear", align_corners=False)
             embedded = embedded + reduced
@@ -97,45 +98,66 @@ class PaDiM(Method):
         else:
             self.reduce.copy_(torch.linalg.qr(torch.randn(available, self.width, generator=generator))[0].T)
         positions, width = self.mean.shape
-        shape = (positions, width, width) if full else (positions, width)
+        half = width // 2
+        # A covariance is symmetric: its upper rows and the lower right quarter are all of it.
+        shapes = ((half, width), (width - half, width - half)) if full else ((width,),)
+        parts = [slice(start, min(start + _POSITIONS, positions)) for start in range(0, positions, _POSITIONS)]
         sums: dict[str, Tensor] = {}
+        second: list[list[Tensor]] = []  # for each part; closing frees one after the other
 
         def update(features: list[Tensor]) -> None:
             x = self.embed(features)  # (P, B, C)
             if not sums:
                 sums["shift"] = x.mean(1)  # (P, C): keeps the sums small, so that their difference keeps its digits
-                sums["first"] = torch.zeros(positions, width, dtype=torch.float64)
-                sums["second"] = torch.zeros(shape, dtype=torch.float64)
+                sums["first"] = torch.zeros(positions, width, dtype=torch.float64, device=x.device)
+                second.extend(
+                    [torch.zeros(p.stop - p.start, *s, dtype=torch.float64, device=x.device) for s in shapes]
+                    for p in parts
+                )
             x = x - sums["shift"][:, None]
             self.images += x.shape[1]
             sums["first"] += x.sum(1, dtype=torch.float64)
-            for part in torch.arange(positions).split(_POSITIONS):  # the products stay in the cache
-                rows = slice(int(part[0]), int(part[-1]) + 1)
-                products = x[rows].transpose(1, 2) @ x[rows] if full else x[rows].square().sum(1)
-                sums["second"][rows] += products
+            for part, totals in zip(parts, second, strict=True):
+                chunks = (tensor.split(_AT_ONCE) for tensor in (x[part], *totals))
+                for few, *into in zip(*chunks, strict=True):
+                    if full:
+                        into[0] += few[:, :, :half].transpose(1, 2) @ few
+                        into[1] += few[:, :, half:].transpose(1, 2) @ few[:, :, half:]
+                    else:
+                        into[0] += few.square().sum(1, dtype=torch.float64)
 
         def close(progress: Callable[[int, int], None]) -> None:
             n = int(self.images)
-            first, second = sums.pop("first") / n, sums.pop("second")
+            first = sums.pop("first") / n
             self.mean.copy_(sums.pop("shift") + first)
-            self.whiten = torch.empty(shape)
-            for start in range(0, positions, _POSITIONS):
-                part = slice(start, start + _POSITIONS)
-                d = first[part]
-                # Eq. 1: the unbiased covariance plus epsilon I
-                if full:
-                    covariance = (second[part] - n * d[:, :, None] * d[:, None]) / max(n - 1, 1)
-                    covariance.diagonal(dim1=1, dim2=2).add_(self.config.epsilon)
-                    factor = torch.linalg.cholesky(covariance)
-                    identity = torch.eye(width, dtype=torch.float64).expand_as(factor)
-                    self.whiten[part] = torch.linalg.solve_triangular(factor, identity, upper=False).float()
-                else:
-                    variance = (second[part] - n * d.square()) / max(n - 1, 1) + self.config.epsilon
-                    self.whiten[part] = variance.rsqrt().float()
-                progress(min(start + _POSITIONS, positions), positions)
+            self.whiten = torch.empty(positions, *((width, width) if full else (width,)), device=first.device)
+            for part in parts:
+                rows = zip(
+                    first[part].split(_AT_ONCE),
+                    self.whiten[part].split(_AT_ONCE),
+                    *(total.split(_AT_ONCE) for total in second.pop(0)),
+                    strict=True,
+                )
+                for d, whiten, *totals in rows:
+                    whiten.copy_(self._whitening(d, totals, n))
+                progress(part.stop, positions)
 
-        moments = second_bytes = 8 * positions * width * (width if full else 1)
-        yield Collect("Gaussians", update, close, peak_bytes=moments + second_bytes // 2)
+        stored = sum(math.prod(shape) for shape in shapes)
+        yield Collect("Gaussians", update, close, peak_bytes=8 * positions * stored)
+
+    def _whitening(self, d: Tensor, totals: list[Tensor], n: int) -> Tensor:
+        """Inverse root of the unbiased covariance plus epsilon I (Eq. 1), from sums over n images around their start."""
+        if self.config.covariance == "diagonal":
+            return ((totals[0] - n * d.square()) / max(n - 1, 1) + self.config.epsilon).rsqrt()
+        upper, quarter = totals  # (p, C/2, C), (p, C/2, C/2)
+        half, width = upper.shape[1:]
+        total = torch.cat([upper, torch.cat([upper[:, :, half:].transpose(1, 2), quarter], 2)], 1)  # (p, C, C)
+        covariance = (total - n * d[:, :, None] * d[:, None]) / max(n - 1, 1)
+        covariance.diagonal(dim1=1, dim2=2).add_(self.config.epsilon)
+        factor = torch.linalg.cholesky(covariance)
+        identity = torch.eye(width, dtype=torch.float64, device=d.device).expand_as(factor)
+        whiten: Tensor = torch.linalg.solve_triangular(factor, identity, upper=False)
+        return whiten
 
     def score(self, features: list[Tensor]) -> tuple[Tensor, Tensor]:
         return self._score(features, left_out=False)

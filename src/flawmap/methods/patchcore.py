@@ -202,10 +202,10 @@ class PatchCore(Method):
             ).amax((1, 2, 3))
         scores, farthest = distances.flatten(1).max(1)  # s* and its patch (Eq. 6)
         if self.config.reweight:
-            rows = torch.arange(len(scores), device=scores.device)
-            query = queries[rows, farthest]  # (B, C), m^test,*
+            farthest = farthest[:, None]  # (B, 1)
+            query = queries.gather(1, farthest[..., None].expand(-1, 1, queries.shape[2]))[:, 0]  # (B, C), m^test,*
             vectors = self.bank.index[:, :-1]
-            nearest_vector = vectors[indices[rows, farthest]]  # (B, C), m*
+            nearest_vector = vectors[indices.gather(1, farthest)[:, 0]]  # (B, C), m*
             _, around = k_nearest(nearest_vector, self.bank.index, self.config.neighbours)
             to_neighbours = (query[:, None] - vectors[around]).square().sum(2).sqrt()  # (B, b)
             scores = (1 - to_neighbours.softmax(1)[:, 0]) * scores  # Eq. 7

@@ -68,7 +68,7 @@ def k_center_greedy(
         picks.append(index)
 
     def refresh(indices: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Brings the bounds of `indices`, ordered by `applied`, up to date; returns [x, -1] (n, D + 1) and |x|^2 (n,)."""
+        """Brings the bounds of `indices`, sorted by `applied`, up to date; gives [x, -1] (n, D + 1) and |x|^2 (n,)."""
         rows = np.empty((len(indices), width + 1), points.dtype)
         np.subtract(points[indices], origin, out=rows[:, :width])
         rows[:, width] = -1
