@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flawmap.backbones import DEFAULT_BACKBONE, Backbone, Engine, create_backbone, create_engine
+from flawmap.backbones import DEFAULT_BACKBONE, Backbone, Engine, check_engine, create_backbone, create_engine
 from flawmap.calibration import Calibration, Threshold
 from flawmap.datasets import Dataset, Sample, find_dataset
 from flawmap.errors import FlawmapError, ImageError
@@ -95,6 +95,7 @@ class Detector:
             raise FlawmapError(f"image size {image_size} is too small: give at least 32 pixels")
         if not 0 < max_false_reject < 1:
             raise FlawmapError(f"--max-false-reject must lie between 0 and 1, got {max_false_reject}")
+        check_engine(engine)
         self.engine = engine
         self.device = _device(device)
         self.seed = seed
@@ -187,14 +188,12 @@ class Detector:
         mode = str(self.calibration)
         if mode == "auto":
             mode = "holdout" if self._method_class.optimises else "crossfit"
+        if mode in ("crossfit", "holdout") and len({digests[i] for i in fitting}) < 2:
+            raise FlawmapError("all training images are byte-identical: give different ones, or --calibration FOLDER")
         if mode == "crossfit":
             return fitting, [], mode
         if mode == "holdout":
             held_out = folds([digests[i] for i in fitting], _HELD_OUT, self.seed)[0]
-            if len(set(digests)) < 2:
-                raise FlawmapError(
-                    "all training images are byte-identical: give different ones, or --calibration FOLDER"
-                )
             return [i for i in fitting if i not in set(held_out)], held_out, mode
         known = {digests[i] for i in fitting}
         apart = [i for i in range(len(fitting), len(digests)) if digests[i] not in known]
@@ -252,10 +251,6 @@ class Detector:
                 count = _FOLDS if len(fitting) < _MANY else _FOLDS_OF_MANY
                 split = folds([digests[i] for i in fitting], count, self.seed)
                 for number, fold in enumerate(split, start=1):
-                    if len(split) < 2:
-                        raise FlawmapError(
-                            "all training images are byte-identical: give different ones, or --calibration FOLDER"
-                        )
                     rest = sorted(set(range(len(fitting))) - set(fold))
                     with torch.inference_mode(False):
                         method = self._fit_method(
@@ -531,7 +526,8 @@ class Detector:
             )
             detector.training_ = metadata["training"]
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise FlawmapError(f"{path} does not fit this flawmap ({error}): train again") from error
+            reason = " ".join(str(error).split())  # PyTorch's spreads over lines
+            raise FlawmapError(f"{path} does not fit this flawmap ({reason}): train again") from error
         detector._set_threshold(detector.calibration_.threshold(detector.max_false_reject, detector.guarantee))
         return detector
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -97,7 +97,7 @@ class TrainingData:
         self.paths: list[Path] = []
         self.unreadable: list[ImageError] = []
         self._folder = tempfile.TemporaryDirectory(prefix="flawmap-", ignore_cleanup_errors=True)
-        self._shapes: list[tuple[int, ...]] = []  # (N, C, h, w) of each level
+        self._shapes: list[tuple[int, ...]] = []  # (C, h, w) of each level
         try:
             self._extract(paths, engine, progress, announce)
         except BaseException as error:
@@ -122,10 +122,11 @@ class TrainingData:
                 if not self._shapes:
                     held = sum(level[0].nbytes for level in maps) * len(paths)
                     announce(f"features of {len(paths)} images: {held / 1e6:.0f} MB on disk while training")
-                    self._shapes = [(len(paths), *level.shape[1:]) for level in maps]
-                start = len(self.paths) - len(images)
+                    self._shapes = [level.shape[1:] for level in maps]
                 for i, level in enumerate(maps):
-                    self._level(i, "w+" if start == 0 else "r+")[start : start + len(level)] = level
+                    # Written, not mapped: on a full disk a write fails, a mapped page kills the process.
+                    with self._file(i).open("ab") as file:
+                        file.write(level.astype(np.float32, copy=False).tobytes())
             done += len(found)
             progress("features", done, len(paths))
 
@@ -137,11 +138,15 @@ class TrainingData:
 
     def features(self, indices: Sequence[int]) -> list[Tensor]:
         """The maps (B, C, H, W) of some images."""
-        return [torch.from_numpy(np.array(self._level(i, "r")[list(indices)])) for i in range(len(self._shapes))]
+        maps = []
+        for i, shape in enumerate(self._shapes):
+            # Mapped anew for each batch, so that the pages of earlier batches do not stay in memory.
+            level = np.memmap(self._file(i), np.float32, "r", shape=(len(self.paths), *shape))
+            maps.append(torch.from_numpy(np.array(level[list(indices)])))
+        return maps
 
-    def _level(self, i: int, mode: Literal["r", "r+", "w+"]) -> NDArray[np.float32]:
-        # Mapped anew for each batch, so that the pages of earlier batches do not stay in memory.
-        return np.memmap(Path(self._folder.name, f"level{i}"), np.float32, mode, shape=self._shapes[i])
+    def _file(self, i: int) -> Path:
+        return Path(self._folder.name, f"level{i}")
 
     def images(self, indices: Sequence[int]) -> list[Tensor]:
         """[images (B, 3, H, W)]."""
@@ -224,7 +229,7 @@ def _optimise(
             loss = stage.loss(load(order[start : start + stage.batch_size].tolist()))
             if not bool(torch.isfinite(loss)):
                 raise FlawmapError(
-                    f"training diverged: the loss of {stage.name} is {float(loss)} at step {step + 1} of {steps}; "
+                    f"training diverged: the loss of {stage.name} is {loss.item()} at step {step + 1} of {steps}; "
                     "lower the learning rate"
                 )
             optimiser.zero_grad(set_to_none=True)

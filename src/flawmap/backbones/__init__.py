@@ -1,7 +1,7 @@
 """Pretrained feature extractors by timm name, and the engines that run them."""
 
 from flawmap.backbones.catalogue import CATALOGUE, DEFAULT_BACKBONE
-from flawmap.backbones.engines import ENGINES, Engine, create_engine
+from flawmap.backbones.engines import ENGINES, Engine, check_engine, create_engine
 from flawmap.backbones.trunk import (
     Backbone,
     create_backbone,
@@ -18,6 +18,7 @@ __all__ = [
     "ENGINES",
     "Backbone",
     "Engine",
+    "check_engine",
     "create_backbone",
     "create_engine",
     "default_deep_levels",

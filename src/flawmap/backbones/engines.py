@@ -33,6 +33,14 @@ def available_engines() -> list[str]:
     return [name for name in ENGINES if importlib.util.find_spec(name) is not None]
 
 
+def check_engine(engine: str) -> None:
+    """Raises FlawmapError for an engine that is unknown or not installed."""
+    if engine not in ("auto", *ENGINES):
+        raise FlawmapError(f"unknown engine {engine}: choose auto, {', '.join(ENGINES)}")
+    if engine not in ("auto", *available_engines()):
+        raise FlawmapError(f"engine {engine} is not installed: pip install flawmap[{engine}], or use --engine auto")
+
+
 def create_engine(
     network: nn.Module, size: tuple[int, int], engine: str = "auto", *, device: str = "cpu", threads: int | None = None
 ) -> Engine:
@@ -44,12 +52,8 @@ def create_engine(
     Raises:
         FlawmapError: an unknown engine, or one that is not installed or cannot run this network.
     """
-    if engine not in ("auto", *ENGINES):
-        raise FlawmapError(f"unknown engine {engine}: choose auto, {', '.join(ENGINES)}")
-    installed = available_engines()
-    if engine not in ("auto", *installed):
-        raise FlawmapError(f"engine {engine} is not installed: pip install flawmap[{engine}], or use --engine auto")
-    chosen = ("torch" if device != "cpu" else installed[0]) if engine == "auto" else engine
+    check_engine(engine)
+    chosen = ("torch" if device != "cpu" else available_engines()[0]) if engine == "auto" else engine
     if chosen == "torch":
         return TorchEngine(network, device)
     try:

@@ -87,14 +87,16 @@ class Backbone(nn.Module):
     def _prune(self, example: Tensor) -> list[Tensor]:
         """Replaces what a run does not reach by identities, so that it is neither stored nor counted."""
         reached: set[nn.Module] = set()
-        leaves = {n: m for n, m in self.network.named_modules() if n and not any(m.children())}
-        handles = [m.register_forward_pre_hook(lambda module, _: reached.add(module)) for m in leaves.values()]
+        # Not only leaves: timm's normalisations hold both parameters and an activation.
+        modules = self.network.named_modules()
+        holders = {n: m for n, m in modules if n and any(True for _ in m.parameters(recurse=False))}
+        handles = [m.register_forward_pre_hook(lambda module, _: reached.add(module)) for m in holders.values()]
         self.network.eval()
         maps: list[Tensor] = self(example)
         for handle in handles:
             handle.remove()
-        for name, leaf in leaves.items():
-            if leaf not in reached and any(True for _ in leaf.parameters()):
+        for name, holder in reversed(holders.items()):
+            if holder not in reached:
                 self.network.set_submodule(name, nn.Identity())
         return maps
 
@@ -213,6 +215,12 @@ def _create(name: str, size: tuple[int, int] | None = None, **options: Any) -> n
         network: nn.Module = timm.create_model(name, **options)
     except (AssertionError, ValueError) as error:
         raise FlawmapError(f"backbone {name} cannot be built for images of size {size}: {error}") from error
+    patches: Any = getattr(network, "patch_embed", None)
+    side = getattr(patches, "patch_size", (1, 1))
+    if size is not None and (size[0] % side[0] or size[1] % side[1]):
+        raise FlawmapError(
+            f"backbone {name} reads patches of {side[0]} pixels: choose an --image-size that they divide"
+        )
     if not hasattr(network, "feature_info"):
         raise FlawmapError(f"backbone {name} has no intermediate features: choose another timm model")
     return network

@@ -50,7 +50,8 @@ def main() -> None:
     try:
         code = flawmap.main(standalone_mode=False, prog_name="flawmap")
     except click.ClickException as error:
-        error.show()
+        message = error.format_message()
+        click.echo(message if "\n" in message else f"flawmap: {message}", err=True)  # without a verb it is the help
         code = 2
     except FlawmapError as error:
         click.echo(f"flawmap: {error}", err=True)

@@ -148,7 +148,7 @@ class Method(nn.Module):
             if name in state and state[name].shape != buffer.shape:
                 owner, _, key = name.rpartition(".")
                 module = self.get_submodule(owner)
-                if buffer.numel() != 0 or buffer.ndim != state[name].ndim:
+                if buffer.numel() != 0 or buffer.shape[1:] != state[name].shape[1:]:
                     raise RuntimeError(f"{name} has shape {tuple(state[name].shape)}, expected {tuple(buffer.shape)}")
                 module.register_buffer(key, torch.empty_like(state[name]))
         self.load_state_dict(state)

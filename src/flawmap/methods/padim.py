@@ -114,9 +114,9 @@ class PaDiM(Method):
                     [torch.zeros(p.stop - p.start, *s, dtype=torch.float64, device=x.device) for s in shapes]
                     for p in parts
                 )
-            x = x - sums["shift"][:, None]
+            x -= sums["shift"][:, None]
             self.images += x.shape[1]
-            sums["first"] += x.sum(1, dtype=torch.float64)
+            sums["first"] += x.sum(1)
             for part, totals in zip(parts, second, strict=True):
                 chunks = (tensor.split(_AT_ONCE) for tensor in (x[part], *totals))
                 for few, *into in zip(*chunks, strict=True):
@@ -124,7 +124,7 @@ class PaDiM(Method):
                         into[0] += few[:, :, :half].transpose(1, 2) @ few
                         into[1] += few[:, :, half:].transpose(1, 2) @ few[:, :, half:]
                     else:
-                        into[0] += few.square().sum(1, dtype=torch.float64)
+                        into[0] += few.square().sum(1)
 
         def close(progress: Callable[[int, int], None]) -> None:
             n = int(self.images)
@@ -146,7 +146,7 @@ class PaDiM(Method):
         yield Collect("Gaussians", update, close, peak_bytes=8 * positions * stored)
 
     def _whitening(self, d: Tensor, totals: list[Tensor], n: int) -> Tensor:
-        """Inverse root of the unbiased covariance plus epsilon I (Eq. 1), from sums over n images around their start."""
+        """Inverse root of the unbiased covariance plus epsilon I (Eq. 1), from shifted sums over n images."""
         if self.config.covariance == "diagonal":
             return ((totals[0] - n * d.square()) / max(n - 1, 1) + self.config.epsilon).rsqrt()
         upper, quarter = totals  # (p, C/2, C), (p, C/2, C/2)

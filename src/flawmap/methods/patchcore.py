@@ -134,7 +134,10 @@ class MemoryBank(nn.Module):
         picks = k_center_greedy(candidates.cpu().numpy(), size, progress=progress)
         self.index = search_index(candidates[torch.from_numpy(picks).to(candidates.device)])
         sample = candidates[torch.randperm(len(candidates), generator=generator)[:_UNIT_SAMPLE]]
-        self.unit = nearest(sample, self.index)[0].mean().clamp_min(1e-12)
+        # A patch that the bank keeps is at distance zero from itself: its nearest other counts, lest the unit vanish
+        # where few images leave nearly all patches in the bank.
+        near = torch.cat([k_nearest(part, self.index, 2)[0] for part in sample.split(512)])
+        self.unit = torch.where(near[:, 0] > 0, near[:, 0], near[:, -1]).mean().clamp_min(1e-12)
         self.candidates = torch.empty(0)
 
 

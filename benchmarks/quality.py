@@ -1,0 +1,49 @@
+"""Figures of each method's defaults on the development set and on sets that no default was chosen on.
+
+    python benchmarks/quality.py [--shared ../shared/data] [--methods padim,patchcore] [--seed 0]
+
+mtd200: every third of the sorted magnetic tiles, 200 of them, at 224 px (the development set). The others at 256 px:
+cookie from the shared folder, and the three drawn sets. Prints one Markdown row for each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from flawmap import Detector, find_dataset
+from flawmap.datasets.drawn import draw_dataset
+
+FIGURES = ("image_auroc", "pixel_auroc", "pixel_ap", "aupro", "escape_rate", "overkill_rate")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shared", type=Path, default=Path(__file__).parents[2] / "shared" / "data")
+    parser.add_argument("--methods", default="padim,patchcore")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        sets: dict[str, tuple[Path, int]] = {}
+        if options.shared.is_dir():
+            sets |= {"mtd200": (options.shared / "mtd", 224), "cookie": (options.shared / "cookie", 256)}
+        else:
+            print(f"{options.shared} is missing: the drawn sets only")
+        for kind in ("boards", "fabric", "screws"):
+            draw_dataset(Path(folder, kind), kind, options.seed)
+            sets[kind] = (Path(folder, kind), 256)
+        print(f"| set | method | {' | '.join(FIGURES)} |\n|---|---|{'---|' * len(FIGURES)}")
+        for name, (root, size) in sets.items():
+            paths = [sample.path for sample in find_dataset(root).train]
+            if name == "mtd200":
+                paths = sorted(paths)[::3][:200]
+            for method in options.methods.split(","):
+                detector = Detector(method, image_size=size, seed=options.seed).fit(paths)
+                report = detector.evaluate(root)
+                values = " | ".join("-" if (v := report.figures[f]) is None else f"{v:.3f}" for f in FIGURES)
+                print(f"| {name} | {method} | {values} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

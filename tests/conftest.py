@@ -1,0 +1,49 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flawmap import Detector
+from flawmap.datasets.drawn import draw_dataset
+
+SIZE = 128
+
+
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory) -> Path:
+    """A small MVTec-like data set: 12 good training images, 4 good and 2 of each of 4 defects to test on."""
+    root = tmp_path_factory.mktemp("drawn") / "screws"
+    draw_dataset(root, "screws", 0, train=12, good=4, per_defect=2, size=SIZE)
+    return root
+
+
+@pytest.fixture(scope="session")
+def detector(drawn) -> Detector:
+    """PatchCore fitted on `drawn`, with whatever engine `auto` takes."""
+    return Detector("patchcore", image_size=SIZE, max_false_reject=0.1).fit(drawn)
+
+
+@pytest.fixture(scope="session")
+def padim(drawn) -> Detector:
+    return Detector("padim", image_size=SIZE, engine="torch", channels="24").fit(drawn)
+
+
+@pytest.fixture(scope="session")
+def model_file(detector, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "screws.safetensors"
+    detector.save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def good_image(drawn) -> np.ndarray:
+    return np.asarray(Image.open(drawn / "test" / "good" / "000.png").convert("RGB"))
+
+
+@pytest.fixture(scope="session")
+def broken_image(good_image) -> np.ndarray:
+    """A good part with a glaring square in rows 40..70 and columns 60..95."""
+    pixels = good_image.copy()
+    pixels[40:70, 60:95] = (255, 0, 255)
+    return pixels

@@ -1,0 +1,110 @@
+import json
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
+
+from flawmap.evaluation import FIGURES, Scored, evaluate
+
+KEYS = (
+    "image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro", "escape_rate",
+    "overkill_rate",
+)  # fmt: skip
+
+
+def scored(masks=True, count=60):
+    random = np.random.default_rng(0)
+    for number in range(count):
+        defective = number % 3 == 0
+        mask = np.zeros((24, 32), bool)
+        if defective:
+            mask[4:12, 6:20] = True
+        heat = (random.random((24, 32)) + 0.6 * mask).astype(np.float32)
+        score = float(np.float32(random.normal(1.0 * defective)))
+        verdict = "defect" if score > 0.8 else "good"
+        yield Scored(
+            "scratch" if defective else "good",
+            defective,
+            score,
+            verdict,
+            heat,
+            mask if defective and masks else None,
+            5.0,
+        )
+
+
+def test_the_keys_are_those_of_the_design():
+    assert FIGURES == KEYS
+    values = evaluate(scored(), {"method": "toy", "seed": 3}).to_json()
+    assert set(values) == {
+        *KEYS, *(f"{key}_interval" for key in KEYS), "images", "errors", "without_mask", "milliseconds_per_image",
+        "method", "seed",
+    }  # fmt: skip
+    json.dumps(values, allow_nan=False)
+    for key in KEYS:
+        low, high = values[f"{key}_interval"]
+        assert 0 <= low <= values[key] <= high <= 1, key
+
+
+def test_figures_are_those_of_sklearn():
+    images = list(scored())
+    values = evaluate(images).to_json()
+    labels, scores = [i.defective for i in images], [i.score for i in images]
+    precision, recall, _ = precision_recall_curve(labels, scores)
+    assert values["image_auroc"] == pytest.approx(roc_auc_score(labels, scores), abs=1e-9)
+    assert values["image_ap"] == pytest.approx(average_precision_score(labels, scores), abs=1e-9)
+    assert values["image_f1_max"] == pytest.approx((2 * precision * recall / (precision + recall)).max(), abs=1e-9)
+    pixels = np.concatenate([i.anomaly_map.ravel() for i in images])
+    truth = np.concatenate([(i.mask if i.mask is not None else np.zeros((24, 32), bool)).ravel() for i in images])
+    assert values["pixel_auroc"] == pytest.approx(roc_auc_score(truth, pixels), abs=1e-3)
+    assert values["pixel_ap"] == pytest.approx(average_precision_score(truth, pixels), abs=2e-3)
+    missed = sum(i.defective and i.verdict == "good" for i in images)
+    rejected = sum(not i.defective and i.verdict == "defect" for i in images)
+    assert (values["escape_rate"], values["overkill_rate"]) == (missed / 20, rejected / 40)
+    interval = binomtest(missed, 20).proportion_ci(0.95, "exact")
+    assert values["escape_rate_interval"] == pytest.approx([interval.low, interval.high], abs=1e-6)
+    assert (values["images"], values["milliseconds_per_image"]) == (60, 5.0)
+
+
+def test_without_masks_pixel_figures_are_null():
+    values = evaluate(scored(masks=False)).to_json()
+    assert values["without_mask"] == 20
+    for key in ("pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro"):
+        assert values[key] is None, key
+        assert values[f"{key}_interval"] is None, key
+    assert values["image_auroc"] is not None
+
+
+def test_only_good_images_leave_an_overkill_rate_alone():
+    report = evaluate(image for image in scored() if not image.defective)
+    assert report.overkill_rate is not None
+    for key in set(KEYS) - {"overkill_rate"}:
+        assert getattr(report, key) is None, key
+    json.dumps(report.to_json(), allow_nan=False)
+    with pytest.raises(AttributeError):
+        _ = report.no_such_figure
+
+
+def test_what_could_not_be_judged_is_counted_apart():
+    broken = Scored("good", False, None, "error", None, None, 0.0, "x.png: broken")
+    report = evaluate([*scored(), broken])
+    assert (report.images, report.errors, report.unjudged) == (60, 1, ["x.png: broken"])
+    assert report.kinds["good"] == {"images": 40, "rejected": report.kinds["good"]["rejected"], "errors": 1}
+    nothing = evaluate([broken])
+    assert nothing.images == 0
+    assert all(value is None for value in nothing.figures.values())
+
+
+def test_a_detector_reports_what_made_the_figures(detector, drawn):
+    report = detector.evaluate(drawn)
+    values = report.to_json()
+    assert report.kinds.keys() == {path.name for path in (drawn / "test").iterdir()}
+    assert (values["method"], values["image_size"], values["training_images"]) == ("patchcore", [128, 128], 12)
+    inspections = detector.predict(drawn / "test")
+    labels = [inspection.path.parent.name != "good" for inspection in inspections]
+    scores = [inspection.score for inspection in inspections]
+    assert values["image_auroc"] == pytest.approx(roc_auc_score(labels, scores), abs=1e-9)
+    assert values["pixel_auroc"] > 0.7
+    full = detector.evaluate(drawn, full_resolution=True).to_json()
+    assert full["pixel_auroc"] == pytest.approx(values["pixel_auroc"], abs=1e-6)  # drawn at the input size
