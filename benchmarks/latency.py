@@ -19,7 +19,7 @@ from statistics import median
 from typing import Any
 
 from flawmap import Detector  # before NumPy and PyTorch, which read how to wait when they load
-from flawmap.backbones.engines import available_engines, cpu_threads
+from flawmap.backbones.engines import available_engines, cpu_threads, create_engine
 from flawmap.neighbours import nearest, search_index
 
 # isort: split
@@ -45,8 +45,7 @@ def in_turns(jobs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float
 def inspection(detector: Detector, rounds: int) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
     detector.predict(pixels)  # creates the engine
-    engine = detector._engine
-    assert engine is not None
+    engine = create_engine(detector.method_.backbone, detector.image_size, detector.engine)
     images = detector.preprocessing_(pixels)[None]
 
     def inspect() -> None:

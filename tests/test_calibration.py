@@ -92,7 +92,7 @@ def test_the_confident_promise_holds_in_95_of_100_cases():
 def test_cross_fitted_scores_promise_nothing():
     threshold = Calibration(np.arange(200, dtype=np.float32), np.empty(0, np.float32), "crossfit").threshold(0.01)
     assert threshold.guarantee == "estimate"
-    assert "promise nothing" in threshold.describe()
+    assert "promises nothing" in threshold.describe()
 
 
 def test_a_named_threshold_states_what_good_images_did():

@@ -108,7 +108,7 @@ class Detector:
         self.pixel_threshold_: float | None
         self.preprocessing_: Preprocessing
         self.training_: dict[str, Any]
-        self._engine: Engine | None = None
+        self._inspector: Engine | None = None
 
     # Fitting
 
@@ -146,8 +146,9 @@ class Detector:
         )
         mean, std = tuple(backbone.mean), tuple(backbone.std)
         self.preprocessing_ = Preprocessing(self.image_size, mean, std, infer_white([*paths, *further]))  # type: ignore[arg-type]
-        self._engine = create_engine(backbone, self.image_size, self.engine, device=self.device)
-        with TrainingData([*paths, *further], self.preprocessing_, self._engine, progress, announce) as data:
+        engine = create_engine(backbone, self.image_size, self.engine, device=self.device)
+        self._inspector = None
+        with TrainingData([*paths, *further], self.preprocessing_, engine, progress, announce) as data:
             for error in data.unreadable:
                 if strict:
                     raise error
@@ -167,7 +168,7 @@ class Detector:
             "images": len(fitting),
             "digest": hashlib.sha256("".join(sorted(digests[i] for i in fitting)).encode()).hexdigest(),
             "seed": self.seed,
-            "engine": self._engine.name,
+            "engine": engine.name,
             "libraries": {name: version(name) for name in _LIBRARIES},
         }
         return self
@@ -357,12 +358,14 @@ class Detector:
         """Preprocessed images (B, 3, h, w) -> maps (B, h, w), None without localisation, and scores (B,)."""
         if len(images) == 0:
             return None, np.empty(0, np.float32)
-        if self._engine is None:
-            self._engine = create_engine(self.method_.backbone, self.image_size, self.engine, device=self.device)
-        with torch.inference_mode():
-            features = [torch.from_numpy(level).to(self.device) for level in self._engine(images)]
-            maps, scores = _enlarged(self.method_, self.method_.score(features))
-        return maps[:, 0].cpu().numpy() if self.method_.localises else None, scores.cpu().numpy()
+        maps, scores = self._inspection_engine()(images)
+        return maps[:, 0] if self.method_.localises else None, scores
+
+    def _inspection_engine(self) -> Engine:
+        """Backbone, method and enlarging as one graph: two libraries' threads would get in each other's way."""
+        if self._inspector is None:
+            self._inspector = create_engine(self.method_, self.image_size, self.engine, device=self.device)
+        return self._inspector
 
     def _judge(
         self,
@@ -427,7 +430,7 @@ class Detector:
             "method": self.method,
             "backbone": self.backbone,
             "image_size": list(self.image_size),
-            "engine": self.engine if self._engine is None else self._engine.name,
+            "engine": self._inspection_engine().name,
             "full_resolution": full_resolution,
             "training_images": self.training_["images"],
             "seed": self.seed,
