@@ -25,7 +25,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/latency.py
 
 soak: $(READY)
-	$(BIN)/python -m pytest tests/soak
+	$(BIN)/python -m pytest soak
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

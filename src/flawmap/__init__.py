@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from flawmap.images import find_images, read_image
     from flawmap.inspection import Inspection, Region
 
-# Waiting threads of PyTorch and NumPy would otherwise spin on the cores that the inference engine is about to use, and
-# inspection takes half as long again. Both read it when they load, so it works where flawmap is imported before them.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# PyTorch's and NumPy's waiting threads would otherwise spin on the cores that the next library is about to use. A short
+# spin, not none: waking a sleeping thread for each small operation makes PaDiM five times slower. Both are read when
+# those libraries load, so they work where flawmap is imported first.
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
 
 _PLACES = {
