@@ -1,3 +1,4 @@
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -5,6 +6,7 @@ import pytest
 from PIL import Image
 
 from flawmap import Detector
+from flawmap.cli import main
 from flawmap.datasets.drawn import draw_dataset
 
 SIZE = 128
@@ -47,3 +49,17 @@ def broken_image(good_image) -> np.ndarray:
     pixels = good_image.copy()
     pixels[40:70, 60:95] = (255, 0, 255)
     return pixels
+
+
+@pytest.fixture
+def flawmap(monkeypatch, capsys):
+    """Runs the command line in this process; returns exit code, stdout and stderr."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["flawmap", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            main()
+        out, err = capsys.readouterr()
+        return left.value.code or 0, out, err
+
+    return run

@@ -9,22 +9,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flawmap.cli import main
-
-
-@pytest.fixture
-def flawmap(monkeypatch, capsys):
-    """Runs the command line in this process; returns exit code, stdout and stderr."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["flawmap", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            main()
-        out, err = capsys.readouterr()
-        return left.value.code or 0, out, err
-
-    return run
-
 
 @pytest.fixture
 def folder(tmp_path):

@@ -12,22 +12,8 @@ import pytest
 from PIL import Image
 
 from flawmap import Detector
-from flawmap.cli import VERBS, main
+from flawmap.cli import VERBS
 from flawmap.methods import METHODS
-
-
-@pytest.fixture
-def flawmap(monkeypatch, capsys):
-    """Runs the command line in this process; returns exit code, stdout and stderr."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["flawmap", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            main()
-        out, err = capsys.readouterr()
-        return left.value.code or 0, out, err
-
-    return run
 
 
 def decode(segmentation):
