@@ -64,7 +64,7 @@ def test_all_images_the_same(flawmap, tmp_path, folder, method, calibration):
         "train", folder, "-o", tmp_path / "m.safetensors", "--image-size", 64, "--method", method,
         "--calibration", calibration, "--engine", "torch",
     )  # fmt: skip
-    check_refused(result, "byte-identical", "--calibration FOLDER")
+    check_refused(result, "show the same", "--calibration FOLDER")
 
 
 def test_a_text_file_among_the_good_is_named_and_left_out(flawmap, tmp_path, folder):

@@ -1,11 +1,12 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy.stats import binomtest
-from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
+from sklearn.metrics import auc, average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
 
-from flawmap.evaluation import FIGURES, Scored, evaluate
+from flawmap.evaluation import CURVES, FIGURES, Scored, evaluate
 
 KEYS = (
     "image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro", "escape_rate",
@@ -94,6 +95,63 @@ def test_what_could_not_be_judged_is_counted_apart():
     nothing = evaluate([broken])
     assert nothing.images == 0
     assert all(value is None for value in nothing.figures.values())
+
+
+def test_every_image_is_kept_without_its_pixels():
+    broken = Scored("good", False, None, "error", None, None, 0.0, "x.png: broken", Path("x.png"))
+    image = next(iter(scored()))
+    image = Scored(*list(vars(image).values())[:-3], path=Path("a/000.png"), p_value=0.25)
+    first, second = evaluate([image, broken]).results
+    assert (first.path, first.kind, first.defective, first.p_value) == (Path("a/000.png"), "scratch", True, 0.25)
+    assert (first.score, first.verdict, first.error) == (image.score, image.verdict, None)
+    assert (second.path, second.score, second.verdict, second.error) == (Path("x.png"), None, "error", "x.png: broken")
+    assert "results" not in evaluate([image]).to_json()
+
+
+def test_each_kind_is_held_against_all_good_images():
+    random = np.random.default_rng(5)
+    kinds = ["good"] * 30 + ["scratch"] * 10 + ["dent"] * 10
+    scores = np.concatenate([random.normal(0, 1, 30), random.normal(1, 1, 10), random.normal(3, 1, 10)])
+    rows = zip(kinds, scores.tolist(), strict=True)
+    report = evaluate(Scored(kind, kind != "good", score, "good", None, None, 1.0) for kind, score in rows)
+    for kind, part in (("scratch", slice(0, 40)), ("dent", [*range(30), *range(40, 50)])):
+        assert report.auroc_of(kind) == pytest.approx(roc_auc_score(np.arange(50)[part] >= 30, scores[part]))
+    assert report.auroc_of("good") is None
+    assert report.auroc_of("no such kind") is None
+
+
+def test_image_curves_are_those_of_sklearn():
+    images = list(scored())
+    curves = evaluate(images).curves
+    labels, scores = [i.defective for i in images], [i.score for i in images]
+    fpr, tpr, _ = roc_curve(labels, scores, drop_intermediate=False)
+    precision, recall, _ = precision_recall_curve(labels, scores)
+    np.testing.assert_allclose(curves["image_roc"], [fpr, tpr])
+    np.testing.assert_allclose(curves["image_pr"], [recall[::-1], precision[::-1]])
+
+
+def test_pixel_curves_are_thinned_and_keep_their_area():
+    report = evaluate(scored())
+    areas = {"pixel_roc": report.pixel_auroc, "pixel_pro": report.aupro}
+    for name in ("pixel_roc", "pixel_pr", "pixel_pro"):
+        x, y = report.curves[name]
+        assert 300 < len(x) == len(y) <= 500, name
+        assert (np.diff(x) >= 0).all(), name
+        assert (x[0], x[-1]) == (0, 1), name
+        if name in areas:
+            reach = 0.3 if name == "pixel_pro" else 1.0
+            inside = np.append(x[x < reach], reach)
+            area = auc(inside, np.interp(inside, x, y)) / reach
+            assert area == pytest.approx(areas[name], abs=3e-3), name
+    recall, precision = report.curves["pixel_pr"]
+    assert np.sum(np.diff(recall) * precision[1:]) == pytest.approx(report.pixel_ap, abs=3e-3)
+
+
+def test_there_are_no_curves_where_there_are_no_figures():
+    without_masks = evaluate(scored(masks=False)).curves
+    assert {name for name in CURVES if without_masks[name] is not None} == {"image_roc", "image_pr"}
+    only_good = evaluate(image for image in scored() if not image.defective).curves
+    assert only_good == dict.fromkeys(CURVES)
 
 
 def test_a_detector_reports_what_made_the_figures(detector, drawn):

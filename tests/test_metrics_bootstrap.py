@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from flawmap.metrics import PixelCurves, auroc, average_precision, bootstrap_interval, f1_max
+from flawmap.metrics import PixelCurves, auroc, average_precision, bootstrap_intervals, f1_max
 from flawmap.metrics.bootstrap import bias_corrected
 
 NAMES = ("auroc", "average_precision", "f1_max", "aupro")
@@ -15,7 +15,8 @@ def test_covers_the_true_auroc():
     truth = (1 + math.erf(1.2 / 2)) / 2  # two normal distributions, 1.2 standard deviations apart
     covered = 0
     for seed in range(150):
-        low, high = bootstrap_interval(auroc, rng.normal(size=100) + 1.2 * labels, labels, repeats=200, seed=seed)
+        scores = rng.normal(size=100) + 1.2 * labels
+        low, high = bootstrap_intervals(scores, labels, repeats=200, seed=seed)["auroc"]
         covered += low <= truth <= high
     # 95 % nominal, with a standard error of 2 %.
     assert 0.89 <= covered / 150 <= 0.99
@@ -28,7 +29,7 @@ def test_interval_holds_the_figure_and_narrows_with_more_data(figure):
     for n in (40, 640):
         labels = np.arange(n) % 4 == 0
         scores = rng.normal(size=n) + labels
-        low, high = bootstrap_interval(figure, scores, labels, repeats=300)
+        low, high = bootstrap_intervals(scores, labels, repeats=300)[figure.__name__]
         assert low < figure(scores, labels) < high
         widths.append(high - low)
     assert widths[1] < 0.5 * widths[0]
@@ -36,26 +37,26 @@ def test_interval_holds_the_figure_and_narrows_with_more_data(figure):
 
 def test_same_seed_same_interval():
     scores, labels = np.random.default_rng(2).normal(size=50), np.arange(50) % 2 == 0
-    assert bootstrap_interval(auroc, scores, labels, seed=3) == bootstrap_interval(auroc, scores, labels, seed=3)
-    assert bootstrap_interval(auroc, scores, labels, seed=3) != bootstrap_interval(auroc, scores, labels, seed=4)
+    assert bootstrap_intervals(scores, labels, seed=3) == bootstrap_intervals(scores, labels, seed=3)
+    assert bootstrap_intervals(scores, labels, seed=3) != bootstrap_intervals(scores, labels, seed=4)
 
 
 def test_lower_confidence_is_narrower():
     scores, labels = np.random.default_rng(2).normal(size=50), np.arange(50) % 2 == 0
-    wide = bootstrap_interval(auroc, scores, labels)
-    narrow = bootstrap_interval(auroc, scores, labels, confidence=0.5)
+    wide = bootstrap_intervals(scores, labels)["auroc"]
+    narrow = bootstrap_intervals(scores, labels, confidence=0.5)["auroc"]
     assert wide[0] < narrow[0] < narrow[1] < wide[1]
 
 
 def test_undefined_without_both_classes():
-    assert np.isnan(bootstrap_interval(auroc, [1.0, 2.0], [0, 0])).all()
+    assert np.isnan(list(bootstrap_intervals([1.0, 2.0], [0, 0]).values())).all()
 
 
 def test_bad_settings_are_refused():
     with pytest.raises(ValueError, match="confidence"):
-        bootstrap_interval(auroc, [0, 1], [0, 1], confidence=95)
+        bootstrap_intervals([0, 1], [0, 1], confidence=95)
     with pytest.raises(ValueError, match="repeats"):
-        bootstrap_interval(auroc, [0, 1], [0, 1], repeats=0)
+        bootstrap_intervals([0, 1], [0, 1], repeats=0)
 
 
 def simulated(rng, images):

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from flawmap.geometry import Geometry
 from flawmap.inspection import Inspection, find_regions
 from flawmap.report.overlays import HeatScale, as_rgb, coco, overlay, run_lengths, write_map
 
@@ -12,7 +13,7 @@ def inspection():
     heat[5:15, 10:30] = 5
     heat[30:40, 50:60] = 9
     heat[15, 30] = 5  # touches the first by a corner alone
-    return Inspection(None, "defect", 9.0, 0.01, 4.0, 4.0, (40, 60), model_map=heat)
+    return Inspection(None, "defect", 9.0, 0.01, 4.0, 4.0, (40, 60), maps=heat[None], placement=Geometry().place((40, 60), (40, 60)))
 
 
 def test_regions_are_8_connected_and_the_hottest_comes_first(inspection):
@@ -23,12 +24,12 @@ def test_regions_are_8_connected_and_the_hottest_comes_first(inspection):
 
 
 def test_a_map_below_the_threshold_has_no_region(inspection):
-    assert Inspection(None, "good", pixel_threshold=10.0, size=(40, 60), model_map=inspection.model_map).regions == []
+    assert Inspection(None, "good", pixel_threshold=10.0, size=(40, 60), maps=inspection.maps).regions == []
 
 
 def test_regions_outlive_the_map(inspection):
     light = inspection.without_map()
-    assert light.model_map is None
+    assert light.maps is None
     assert light.regions == inspection.regions
 
 
@@ -62,7 +63,7 @@ def test_the_map_file_holds_the_values_in_16_bits(inspection, tmp_path):
     write_map(tmp_path / "map.png", inspection, HeatScale(1.0, 4.0))
     image = Image.open(tmp_path / "map.png")
     assert (image.mode, image.size) == ("I;16", (60, 40))
-    np.testing.assert_allclose(np.asarray(image) / 65535 * 8, np.clip(inspection.model_map, 0, 8), atol=8 / 65535)
+    np.testing.assert_allclose(np.asarray(image) / 65535 * 8, np.clip(inspection.maps[0], 0, 8), atol=8 / 65535)
 
 
 def test_coco_runs_go_down_the_columns(inspection):

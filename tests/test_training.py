@@ -10,9 +10,12 @@ from torch import nn
 
 from flawmap import FlawmapError, ImageError
 from flawmap.backbones import create_backbone, create_engine
+from flawmap.feature_cache import FeatureCache
 from flawmap.images import Preprocessing
 from flawmap.methods import Method, Optimise
-from flawmap.training import TrainingData, folds, read_batches, train
+from flawmap.preparation import Preparation
+from flawmap.reading import read_batches
+from flawmap.training import TrainingData, folds, train
 
 SIZE = (32, 32)
 
@@ -33,8 +36,8 @@ def backbone():
 
 
 @pytest.fixture(scope="module")
-def preprocessing(backbone):
-    return Preprocessing(SIZE, tuple(backbone.mean), tuple(backbone.std), 255)
+def preparation(backbone):
+    return Preparation(Preprocessing(SIZE, tuple(backbone.mean), tuple(backbone.std), 255), SIZE)
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +46,8 @@ def engine(backbone):
 
 
 @pytest.fixture(scope="module")
-def data(paths, preprocessing, engine):
-    with TrainingData(paths, preprocessing, engine) as data:
+def data(paths, preparation, engine):
+    with TrainingData(paths, preparation, engine) as data:
         yield data
 
 
@@ -64,7 +67,7 @@ class Mean(Method):
         with torch.no_grad():
             self.centre.normal_()
 
-        def loss(tensors):
+        def loss(tensors, inside):
             first = tensors[0].mean((2, 3))
             self.seen.append(first[:, 0].tolist())
             value = (first - self.centre).square().sum(1).mean()
@@ -75,22 +78,24 @@ class Mean(Method):
                        schedule=lambda o, steps: torch.optim.lr_scheduler.LinearLR(o, 1, 0.1, steps))  # fmt: skip
 
 
-def test_features_are_the_engines_and_images_those_read(data, paths, preprocessing, engine):
+def test_features_are_the_engines_and_images_those_read(data, paths, preparation, engine):
     assert data.paths == [path for path in paths if path.name != "05.png"]
     assert len(data.unreadable) == 1
     assert isinstance(data.unreadable[0], ImageError)
     assert "05.png" in str(data.unreadable[0])
-    (images,) = data.images([8, 0])
-    expected = np.stack([preprocessing(np.asarray(Image.open(data.paths[i]))) for i in (8, 0)])
+    (images,), _ = data.images([8, 0])
+    expected = np.stack([preparation.preprocessing(np.asarray(Image.open(data.paths[i]))) for i in (8, 0)])
     np.testing.assert_array_equal(images, expected)
-    for level, theirs in zip(data.features([8, 0]), engine(expected), strict=True):
+    for level, theirs in zip(data.features([8, 0])[0], engine(expected), strict=True):
         np.testing.assert_allclose(level, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_batches_keep_the_order_of_the_paths(paths, preprocessing):
-    found = [size for _, sizes in read_batches(paths, preprocessing, batch=3) for size in sizes]
-    assert [isinstance(size, ImageError) for size in found] == [path.name == "05.png" for path in paths]
-    assert [len(images) for images, _ in read_batches(paths, preprocessing, batch=3)] == [3, 2, 3, 1]
+def test_batches_keep_the_order_of_the_paths(paths, preparation):
+    batches = list(read_batches(paths, preparation, size=3))
+    assert [picture.path for batch in batches for picture in batch.pictures] == paths
+    failed = [picture.path.name for batch in batches for picture in batch.pictures if picture.error is not None]
+    assert failed == ["05.png"]
+    assert [len(batch.inputs) for batch in batches] == [3, 3, 3]
 
 
 @pytest.mark.parametrize("inputs", ["features", "images"])
@@ -98,7 +103,7 @@ def test_gradient_steps_find_the_mean(data, backbone, inputs):
     method, calls = Mean(backbone, inputs), []
     train(method, data, range(9), progress=lambda *call: calls.append(call))
     source = data.features if inputs == "features" else data.images
-    expected = source(range(9))[0].mean((0, 2, 3))
+    expected = source(range(9))[0][0].mean((0, 2, 3))
     assert method.losses[-1] < 0.5 * method.losses[0]
     torch.testing.assert_close(method.centre.detach(), expected, rtol=0, atol=0.35 * float(expected.abs().max()))
     assert method.images == 9
@@ -147,18 +152,18 @@ def test_memory_that_runs_out_is_told(data, backbone):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_nothing_is_left_when_it_stops_midway(paths, preprocessing, engine, tmp_path, monkeypatch, error):
+def test_nothing_is_left_when_it_stops_midway(paths, preparation, engine, tmp_path, monkeypatch, error):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
     def stop(*call):
         raise error
 
     with pytest.raises(error):
-        TrainingData(paths, preprocessing, engine, stop)
+        TrainingData(paths, preparation, engine, progress=stop)
     assert list(tmp_path.iterdir()) == []
 
     def use():
-        with TrainingData(paths, preprocessing, engine):
+        with TrainingData(paths, preparation, engine):
             assert len(list(tmp_path.iterdir())) == 1
             stop()
 
@@ -168,11 +173,11 @@ def test_nothing_is_left_when_it_stops_midway(paths, preprocessing, engine, tmp_
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
-def test_a_full_disk_names_the_folder_and_the_way_out(paths, preprocessing, engine, tmp_path, monkeypatch):
+def test_a_full_disk_names_the_folder_and_the_way_out(paths, preparation, engine, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(TrainingData, "_file", lambda data, level: Path("/dev/full"))
+    monkeypatch.setattr(FeatureCache, "_file", lambda cache, level: Path("/dev/full"))
     with pytest.raises(FlawmapError, match="TMPDIR") as caught:
-        TrainingData(paths, preprocessing, engine)
+        TrainingData(paths, preparation, engine)
     assert str(tmp_path) in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 

@@ -4,35 +4,61 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import shutil
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Literal, overload
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from flawmap.backbones import DEFAULT_BACKBONE, Backbone, Engine, check_engine, create_backbone, create_engine
+from flawmap.backbones.engines import cpu_threads
 from flawmap.calibration import Calibration, Threshold
+from flawmap.captures import CaptureLimits, capture_statistics
 from flawmap.datasets import Dataset, Sample, find_dataset
 from flawmap.errors import FlawmapError, ImageError
 from flawmap.evaluation import EvaluationReport, Scored, evaluate
-from flawmap.images import Preprocessing, as_pixels, digest, find_images, infer_white, lay_back, read_mask, resize_mask
+from flawmap.files import replacing
+from flawmap.geometry import Geometry
+from flawmap.good_scores import GoodScores, Split, calibration_images, good_scores, split_images
+from flawmap.images import Preprocessing, as_pixels, find_images, infer_white, read_mask
 from flawmap.inspection import Inspection
 from flawmap.methods import Method, configure, method_class
 from flawmap.model_file import read_model, write_model
+from flawmap.preparation import LOWEST_QUALITY, Preparation, read_region, read_template
+from flawmap.reading import BATCH, Batch, Picture, read_batches
 from flawmap.report.overlays import HeatScale
-from flawmap.training import Announce, Progress, TrainingData, folds, quiet, read_batches, silent, train
+from flawmap.training import Announce, Progress, TrainingData, identity, quiet, silent, train
 
 log = logging.getLogger(__name__)
 
-# Leaving out a third of many images changes a bank as little as leaving out a fifth of few.
-_FOLDS, _FOLDS_OF_MANY, _MANY = 5, 3, 150
-_HELD_OUT = 5  # one image in five
 _LIBRARIES = ("flawmap", "torch", "timm", "numpy", "scipy", "pillow")
+_DOUBTFUL, _OF_USUAL = 0.5, 0.75  # of an alignment's quality
+_PREPARATION = "preparation."  # before the names of its tensors in a model file
+
+
+@dataclass(frozen=True)
+class Atypical:
+    """A good training image that its own detector finds unusual.
+
+    Attributes:
+        path: the file.
+        score, p_value: by a method that was not fitted on it, among the other good images.
+    """
+
+    path: Path
+    score: float
+    p_value: float
 
 
 class Detector:
@@ -43,7 +69,10 @@ class Detector:
         preset: named settings of the method, such as "paper".
         backbone: any timm model with intermediate features.
         weights: a local weight file; None for the embedded weights or timm's hub.
-        image_size: input size in pixels, a side or (height, width).
+        image_size: what images (or tiles) are resized to, in pixels: a side or (height, width).
+        geometry: which windows of an image become model inputs; the whole image, stretched, by default.
+        roi: mask of the region of interest, a file or bool (H, W). Outside it nothing is learnt, scored or drawn.
+        register: picture of a part in the pose in which `roi` is drawn; each image is first aligned to it.
         engine: "auto", "openvino", "onnxruntime" or "torch".
         device: "auto", "cpu" or "cuda".
         seed: of everything random.
@@ -58,6 +87,12 @@ class Detector:
         threshold_: the threshold and what it promises.
         pixel_threshold_: where regions are cut; None for methods without a map.
         training_: what it was fitted on: number of images, their digest, seed, engine.
+        capture_limits_: what a capture must be like to be judged.
+        atypical_: after `fit`, the calibration images, most unusual first. Not kept in the model file.
+        near_duplicates_: after `fit`, groups of training images that show the same photograph, or one part twice. Not
+            kept either; cross-fitting keeps each group on one side.
+        left_out_: after `fit` or `update`, what was wrong with images that could not be learnt from. Not kept either.
+        sizes_: after `fit` or `update`, (height, width) of the images learnt from. Not kept either.
 
     Raises:
         FlawmapError: an unknown name or setting.
@@ -77,6 +112,9 @@ class Detector:
         backbone: str = DEFAULT_BACKBONE,
         weights: str | Path | None = None,
         image_size: int | tuple[int, int] = 256,
+        geometry: Geometry | None = None,
+        roi: str | Path | NDArray[np.bool_] | None = None,
+        register: str | Path | None = None,
         engine: str = "auto",
         device: str = "auto",
         seed: int = 0,
@@ -91,7 +129,11 @@ class Detector:
         self.backbone = backbone
         self.weights = weights
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else image_size
-        if min(self.image_size) < 32:
+        self.geometry = geometry or Geometry()
+        self._size = self.geometry.input_size(self.image_size)
+        self._region = read_region(Path(roi)) if isinstance(roi, (str, Path)) else roi
+        self._template = None if register is None else read_template(Path(register))
+        if min(self._size) < 32:
             raise FlawmapError(f"image size {image_size} is too small: give at least 32 pixels")
         if not 0 < max_false_reject < 1:
             raise FlawmapError(f"--max-false-reject must lie between 0 and 1, got {max_false_reject}")
@@ -106,8 +148,13 @@ class Detector:
         self.calibration_: Calibration
         self.threshold_: Threshold
         self.pixel_threshold_: float | None
-        self.preprocessing_: Preprocessing
+        self.preparation_: Preparation
         self.training_: dict[str, Any]
+        self.capture_limits_: CaptureLimits
+        self.atypical_: list[Atypical] = []
+        self.near_duplicates_: list[list[Path]] = []
+        self.left_out_: list[ImageError] = []
+        self.sizes_: list[tuple[int, int]] = []
         self._inspector: Engine | None = None
 
     # Fitting
@@ -118,6 +165,9 @@ class Detector:
         *,
         category: str | None = None,
         strict: bool = False,
+        drop_atypical: int = 0,
+        workspace: str | Path | None = None,
+        resume: bool = False,
         progress: Progress = quiet,
         announce: Announce = silent,
     ) -> Detector:
@@ -126,8 +176,18 @@ class Detector:
         Unreadable images are left out with a warning, or refused where `strict`. What the training will hold in memory
         and on disk is told to `announce` before it starts.
 
+        Args:
+            source: what to learn from.
+            category: of a data set root.
+            strict: stop at the first image that cannot be read.
+            drop_atypical: leave out so many images that the calibration finds most unusual, then fit again.
+            workspace: a folder for features and checkpoints, deleted when all is done; a temporary one by default.
+            resume: go on with what an interrupted `fit` left in `workspace`, to the same result.
+            progress, announce: are told how it goes.
+
         Raises:
-            FlawmapError: there are fewer than two good images, or what `Detector` raises late: weights, memory, disk.
+            FlawmapError: there are fewer than two good images, `workspace` holds an interrupted training and `resume`
+                is not asked for or does not fit, or what `Detector` raises late: weights, memory, disk.
         """
         paths = _training_paths(source, category)
         if len(paths) < 2:
@@ -135,137 +195,180 @@ class Detector:
                 f"{len(paths)} good training image{'' if len(paths) == 1 else 's'} found in {_name(source)}: "
                 "at least 2 are needed, one to learn from and one to calibrate on; some dozens make a good start"
             )
-        further = self._calibration_paths()
+        further = calibration_images(self.calibration)
         config = self._method_class.resolved(self.config, self.backbone)
         backbone = create_backbone(
-            self.backbone,
-            self._method_class.levels(config),
-            weights=self.weights,
-            size=self.image_size,
-            seed=self.seed,
+            self.backbone, self._method_class.levels(config), weights=self.weights, size=self._size, seed=self.seed
         )
         mean, std = tuple(backbone.mean), tuple(backbone.std)
-        self.preprocessing_ = Preprocessing(self.image_size, mean, std, infer_white([*paths, *further]))  # type: ignore[arg-type]
-        engine = create_engine(backbone, self.image_size, self.engine, device=self.device)
+        preprocessing = Preprocessing(self._size, mean, std, infer_white([*paths, *further]))  # type: ignore[arg-type]
+        self.preparation_ = Preparation(preprocessing, self.image_size, self.geometry, self._region, self._template)
+        engine = create_engine(backbone, self._size, self.engine, device=self.device)
+        made_by = self._made_by(backbone, engine)
+        folder = None if workspace is None else Path(workspace)
+        run = {**made_by, "method": self.method, "config": config, "seed": self.seed, "images": [*paths, *further]}
         self._inspector = None
-        with TrainingData([*paths, *further], self.preprocessing_, engine, progress, announce) as data:
+        with (
+            _workspace(folder, run, resume),
+            TrainingData(
+                [*paths, *further],
+                self.preparation_,
+                engine,
+                backbone.medium,
+                folder=folder,
+                identity=identity(**made_by),
+                half=self._method_class.optimises,
+                progress=progress,
+                announce=announce,
+            ) as data,
+        ):
+            del engine  # its memory is free for what is learnt from the features
+            self.left_out_ = data.unreadable
             for error in data.unreadable:
                 if strict:
                     raise error
                 log.warning("left out of training: %s", error)
-            readable = set(data.paths)
-            read = [path for path in paths if path in readable]
-            fitting = list(range(len(read)))
-            if len(fitting) < 2:
-                raise FlawmapError(f"only {len(fitting)} of {len(paths)} good training images can be read")
-            digests = [digest(path) for path in data.paths]
-            fitting, held_out, mode = self._split(fitting, digests)
-            self.method_ = self._fit_method(config, backbone, data, fitting, progress, announce)
-            scores, peaks = self._calibration_scores(config, backbone, data, fitting, held_out, digests, mode, progress)
-        self.calibration_ = Calibration(scores, peaks, mode)
-        self._set_threshold(self.calibration_.threshold(self.max_false_reject, self.guarantee))
-        self.training_ = {
-            "images": len(fitting),
-            "digest": hashlib.sha256("".join(sorted(digests[i] for i in fitting)).encode()).hexdigest(),
-            "seed": self.seed,
-            "engine": engine.name,
-            "libraries": {name: version(name) for name in _LIBRARIES},
-        }
+            readable = set(paths)
+            images = [i for i, path in enumerate(data.paths) if path in readable]
+            if len(images) < 2:
+                raise FlawmapError(f"only {len(images)} of {len(paths)} good training images can be read")
+            alike = data.near_duplicates(images)
+            groups = _groups(data.digests, alike)
+            self.sizes_ = [(height, width) for height, width in (data.record(i)["size"] for i in images)]
+            self.near_duplicates_ = [[data.paths[i] for i in group] for group in alike]
+            good = self._learn(config, backbone, data, images, groups, folder, progress, announce)
+            if drop_atypical:
+                unusual = {good.images[i] for i in np.argsort(-good.scores, kind="stable")[:drop_atypical]}
+                images = [i for i in images if i not in unusual]
+                if len(images) < 2:
+                    raise FlawmapError(f"--drop-atypical {drop_atypical} leaves {len(images)} images: drop fewer")
+                good = self._learn(config, backbone, data, images, groups, folder, progress, announce)
+            calibration = self.calibration_
+            self.atypical_ = [
+                Atypical(data.paths[good.images[i]], float(good.scores[i]), calibration.p_value(float(good.scores[i])))
+                for i in np.argsort(-good.scores, kind="stable")
+            ]
         return self
 
-    def _calibration_paths(self) -> list[Path]:
-        if str(self.calibration) in ("auto", "holdout", "crossfit"):
-            return []
-        folder = Path(self.calibration)
-        if not folder.is_dir():
-            raise FlawmapError(f"--calibration {folder} is neither a folder of good images nor holdout or crossfit")
-        paths = find_images(folder)
-        if not paths:
-            raise FlawmapError(f"--calibration {folder} holds no images: put good images there that are not trained on")
-        return paths
+    def _made_by(self, backbone: Backbone, engine: Engine) -> dict[str, Any]:
+        """What decides the features: an earlier run's may be used again only if all of it is the same."""
+        prepared = {
+            name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in self.preparation_.arrays().items()
+        }
+        return {
+            "backbone": backbone.digest(),
+            "levels": backbone.levels,
+            "preparation": {**self.preparation_.to_json(), **prepared},
+            "engine": engine.name,
+            "device": self.device,
+            "threads": cpu_threads(),
+            "libraries": {name: version(name) for name in _LIBRARIES},
+        }
 
-    def _split(self, fitting: list[int], digests: list[str]) -> tuple[list[int], list[int], str]:
-        """Images to fit on, images to calibrate on, mode. Byte-identical images never stand on both sides."""
-        mode = str(self.calibration)
-        if mode == "auto":
-            mode = "holdout" if self._method_class.optimises else "crossfit"
-        if mode in ("crossfit", "holdout") and len({digests[i] for i in fitting}) < 2:
-            raise FlawmapError("all training images are byte-identical: give different ones, or --calibration FOLDER")
-        if mode == "crossfit":
-            return fitting, [], mode
-        if mode == "holdout":
-            held_out = folds([digests[i] for i in fitting], _HELD_OUT, self.seed)[0]
-            return [i for i in fitting if i not in set(held_out)], held_out, mode
-        known = {digests[i] for i in fitting}
-        apart = [i for i in range(len(fitting), len(digests)) if digests[i] not in known]
-        if not apart:
-            raise FlawmapError(f"every image of --calibration {mode} is also trained on: give other good images")
-        return fitting, apart, "folder"
-
-    def _fit_method(
+    def _learn(
         self,
         config: Any,
         backbone: Backbone,
         data: TrainingData,
-        indices: Sequence[int],
+        images: Sequence[int],
+        groups: Sequence[int],
+        folder: Path | None,
         progress: Progress,
+        announce: Announce,
+    ) -> GoodScores:
+        """Fits on some images and calibrates."""
+        optimises = self._method_class.optimises
+        split = split_images(data.digests, groups, images, str(self.calibration), optimises, self.seed)
+        shown: dict[str, Progress] = {"": progress}
+
+        def fit(some: Sequence[int], what: str = "") -> Method:
+            method = self._method_class(config, backbone, self._size).to(self.device)
+            of = identity(images=[data.digests[i] for i in some])
+            checkpoint = None if folder is None else folder / f"checkpoint-{of[:16]}"
+            told = shown.setdefault(what, _renamed(progress, what))
+            say = silent if what else announce
+            train(method, data, data.rows(some), seed=self.seed, progress=told, announce=say, checkpoint=checkpoint)
+            return method
+
+        self.method_ = fit(split.fitting)
+        good = good_scores(self.method_, data, split, self.seed, self.device, progress, fit)
+        self.calibration_ = Calibration(good.scores, good.peaks, split.mode)
+        self._set_threshold(self.calibration_.threshold(self.max_false_reject, self.guarantee))
+        records = [data.record(i) for i in split.fitting]
+        if self._template is not None:
+            usual = float(np.median([record["quality"] for record in records]))
+            if usual < _DOUBTFUL:
+                log.warning(
+                    "the parts are hard to align (quality %.2f): check that --register shows one of them", usual
+                )
+            lowest = max(LOWEST_QUALITY, _OF_USUAL * usual)
+            self.preparation_ = replace(self.preparation_, lowest_quality=lowest)
+        self.capture_limits_ = CaptureLimits.learn(
+            [record["statistics"] for record in records], [record["embedding"] for record in records]
+        )
+        digests = sorted(data.digests[i] for i in split.fitting)
+        self.training_ = {
+            "images": len(split.fitting),
+            "digest": hashlib.sha256("".join(digests).encode()).hexdigest(),
+            "seed": self.seed,
+            "engine": data.engine,
+            "libraries": {name: version(name) for name in _LIBRARIES},
+        }
+        return good
+
+    def update(
+        self,
+        source: str | Path | Dataset | Sequence[str | Path],
+        *,
+        category: str | None = None,
+        strict: bool = False,
+        progress: Progress = quiet,
         announce: Announce = silent,
-    ) -> Method:
-        method = self._method_class(config, backbone, self.image_size).to(self.device)
-        train(method, data, indices, seed=self.seed, progress=progress, announce=announce)
-        return method
+    ) -> Detector:
+        """Learns further good images, where the method can without those it already knows, and calibrates again.
 
-    def _calibration_scores(
-        self,
-        config: Any,
-        backbone: Backbone,
-        data: TrainingData,
-        fitting: list[int],
-        held_out: list[int],
-        digests: list[str],
-        mode: str,
-        progress: Progress,
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Scores and map maxima of good images that the scoring method has not seen, each distinct image once."""
-        found: dict[str, tuple[float, float]] = {}
+        The new images are scored before they are learnt, and join the earlier calibration scores; since the method has
+        changed after, the false-reject rate is an estimate from then on.
 
-        def keep(indices: Sequence[int], maps: Tensor, scores: Tensor) -> None:
-            for i, peak, score in zip(indices, maps.amax((1, 2, 3)).tolist(), scores.tolist(), strict=True):
-                found.setdefault(digests[i], (score, peak))
-
-        def score_with(method: Method, indices: Sequence[int], done: int, total: int) -> None:
-            for part in _parts(indices):
-                keep(part, *_enlarged(method, method.score(self._features(data, part))))
-                done += len(part)
-                progress("calibration", done, total)
-
-        with torch.inference_mode():
-            closed_form = mode == "crossfit" and len(set(digests)) == len(digests)
-            if closed_form and self.method_.leave_one_out(self._features(data, fitting[:1])) is not None:
-                for part in _parts(fitting):
-                    left_out = self.method_.leave_one_out(self._features(data, part))
-                    assert left_out is not None
-                    keep(part, *_enlarged(self.method_, left_out))
-                    progress("calibration", part[-1] + 1, len(fitting))
-            elif mode == "crossfit":
-                done = 0
-                count = _FOLDS if len(fitting) < _MANY else _FOLDS_OF_MANY
-                split = folds([digests[i] for i in fitting], count, self.seed)
-                for number, fold in enumerate(split, start=1):
-                    rest = sorted(set(range(len(fitting))) - set(fold))
-                    with torch.inference_mode(False):
-                        method = self._fit_method(
-                            config, backbone, data, rest, _renamed(progress, f"fold {number} of {len(split)}")
-                        )
-                    score_with(method, fold, done, len(fitting))
-                    done += len(fold)
-            else:
-                score_with(self.method_, held_out, 0, len(held_out))
-        pairs = np.array(list(found.values()), dtype=np.float32)
-        return pairs[:, 0], pairs[:, 1] if self.method_.localises else np.empty(0, np.float32)
-
-    def _features(self, data: TrainingData, indices: Sequence[int]) -> list[Tensor]:
-        return [level.to(self.device) for level in data.features(indices)]
+        Raises:
+            FlawmapError: the method cannot be updated, or no new image can be read.
+        """
+        self._check_fitted()
+        if not self.method_.updates:
+            raise FlawmapError(f"{self.method} cannot learn images later: train again with all of them")
+        paths = _training_paths(source, category)
+        if not paths:
+            raise FlawmapError(f"no good images found in {_name(source)}: give a folder of new good images")
+        engine = create_engine(self.method_.backbone, self._size, self.engine, device=self.device)
+        with TrainingData(
+            paths, self.preparation_, engine, self.method_.backbone.medium, progress=progress, announce=announce
+        ) as data:
+            self.left_out_ = data.unreadable
+            for error in data.unreadable:
+                if strict:
+                    raise error
+                log.warning("left out of training: %s", error)
+            images = list({kept: i for i, kept in reversed(list(enumerate(data.digests)))}.values())[::-1]
+            if not images:
+                raise FlawmapError(f"none of the {len(paths)} images in {_name(source)} can be read")
+            self.sizes_ = [(height, width) for height, width in (data.record(i)["size"] for i in images)]
+            unseen = Split([], images, "holdout")
+            good = good_scores(self.method_, data, unseen, self.seed, self.device, progress)
+            rows = data.rows(images)
+            stages = self.method_.further_stages(len(rows))
+            train(self.method_, data, rows, stages, seed=self.seed, progress=progress, announce=announce)
+            digests = sorted(data.digests[i] for i in images)
+        before = self.calibration_
+        scores, peaks = np.append(before.scores, good.scores), np.append(before.peaks, good.peaks)
+        self.calibration_ = Calibration(scores, peaks, "crossfit")
+        self._set_threshold(self.calibration_.threshold(self.max_false_reject, self.guarantee))
+        self.training_ = {
+            **self.training_,
+            "images": self.training_["images"] + len(images),
+            "digest": hashlib.sha256("".join([self.training_["digest"], *digests]).encode()).hexdigest(),
+        }
+        self._inspector = None
+        return self
 
     # Thresholds
 
@@ -329,19 +432,14 @@ class Detector:
         """Inspects image files one batch after the other, reading ahead, in bounded memory."""
         self._check_fitted()
         files = [Path(path) for path in paths]
-        done = 0
-        for images, found in read_batches(files, self.preprocessing_):
-            start = time.perf_counter()
-            maps, scores = self._run(images)
-            milliseconds = 1000 * (time.perf_counter() - start) / max(len(images), 1)
-            row = 0
-            for path, size in zip(files[done : done + len(found)], found, strict=True):
-                if isinstance(size, ImageError):
-                    yield Inspection(path, "error", error=str(size))
+        waiting: deque[_Output] = deque()
+        for outputs, pictures in self._ahead(read_batches(files, self.preparation_)):
+            waiting += outputs
+            for picture in pictures:
+                if picture.error is not None:
+                    yield Inspection(picture.path, "error", error=str(picture.error))
                 else:
-                    yield self._judge(path, size, None if maps is None else maps[row], float(scores[row]), milliseconds)
-                    row += 1
-            done += len(found)
+                    yield self._judge(picture, [waiting.popleft() for _ in range(picture.windows)])
 
     def _inspect(self, path: Path) -> Inspection:
         return next(self.stream([path]))
@@ -349,37 +447,64 @@ class Detector:
     def _inspect_array(self, array: NDArray[Any]) -> Inspection:
         start = time.perf_counter()
         pixels = as_pixels(array)
-        maps, scores = self._run(self.preprocessing_(pixels)[None])
-        milliseconds = 1000 * (time.perf_counter() - start)
-        size = (pixels.shape[0], pixels.shape[1])
-        return self._judge(None, size, None if maps is None else maps[0], float(scores[0]), milliseconds)
+        try:
+            placement = self.preparation_.place(pixels)
+        except ImageError as error:
+            return Inspection(None, "error", size=(pixels.shape[0], pixels.shape[1]), error=f"the array: {error}")
+        inputs = np.stack(list(self.preparation_.inputs(pixels, placement)))
+        inside = placement.inside()[:, None] if self.preparation_.masked else None
+        outputs: list[_Output] = []
+        for i in range(0, len(inputs), BATCH):
+            outputs += self._run(inputs[i : i + BATCH], None if inside is None else inside[i : i + BATCH])
+        statistics = capture_statistics(pixels, self.preparation_.preprocessing.white)
+        picture = Picture(None, placement, statistics)
+        return self._judge(picture, outputs, 1000 * (time.perf_counter() - start))
 
-    def _run(self, images: NDArray[np.float32]) -> tuple[NDArray[np.float32] | None, NDArray[np.float32]]:
-        """Preprocessed images (B, 3, h, w) -> maps (B, h, w), None without localisation, and scores (B,)."""
-        if len(images) == 0:
-            return None, np.empty(0, np.float32)
-        maps, scores = self._inspection_engine()(images)
-        return maps[:, 0] if self.method_.localises else None, scores
+    def _ahead(self, batches: Iterator[Batch]) -> Iterator[tuple[list[_Output], list[Picture]]]:
+        """Runs each batch while the caller is still busy with the one before."""
+        with ThreadPoolExecutor(1) as pool:
+            waiting: tuple[Future[list[_Output]], Batch] | None = None
+            for batch in batches:
+                before, waiting = waiting, (pool.submit(self._run, batch.inputs, batch.inside), batch)
+                if before is not None:
+                    yield before[0].result(), before[1].pictures
+            if waiting is not None:
+                yield waiting[0].result(), waiting[1].pictures
+
+    def _run(self, inputs: NDArray[np.float32], inside: NDArray[np.bool_] | None) -> list[_Output]:
+        """Model inputs (B, 3, h, w), and where they are scored, (B, 1, h, w) -> what came of each."""
+        if len(inputs) == 0:
+            return []
+        start = time.perf_counter()
+        masks = None if inside is None else inside.astype(np.float32)
+        maps, scores, pooled = self._inspection_engine()(inputs, masks)
+        milliseconds = 1000 * (time.perf_counter() - start) / len(inputs)
+        return [
+            _Output(maps[i, 0] if self.method_.localises else None, float(scores[i]), pooled[i], milliseconds)
+            for i in range(len(inputs))
+        ]
 
     def _inspection_engine(self) -> Engine:
         """Backbone, method and enlarging as one graph: two libraries' threads would get in each other's way."""
         if self._inspector is None:
-            self._inspector = create_engine(self.method_, self.image_size, self.engine, device=self.device)
+            self._inspector = create_engine(
+                _Inspector(self.method_), self._size, self.engine, device=self.device, masked=self.preparation_.masked
+            )
         return self._inspector
 
-    def _judge(
-        self,
-        path: Path | None,
-        size: tuple[int, int],
-        anomaly_map: NDArray[np.float32] | None,
-        score: float,
-        milliseconds: float,
-    ) -> Inspection:
-        finite = np.isfinite(score) and (anomaly_map is None or bool(np.isfinite(anomaly_map).all()))
-        if not finite:
-            return Inspection(
-                path, "error", size=size, error=f"{path or 'the array'}: its score is not a finite number"
-            )
+    def _judge(self, picture: Picture, outputs: list[_Output], milliseconds: float | None = None) -> Inspection:
+        """The verdict on an image from what came of its windows: the highest score counts."""
+        path, placement = picture.path, picture.placement
+        assert placement is not None
+        score = float(np.max([output.score for output in outputs]))
+        maps = None if outputs[0].map is None else np.stack([output.map for output in outputs])  # type: ignore[misc]
+        name = path or "the array"
+        embedding = np.mean([output.embedding for output in outputs], axis=0)
+        reason = None if picture.statistics is None else self.capture_limits_.reason(picture.statistics, embedding)
+        if not np.isfinite(score) or (maps is not None and not bool(np.isfinite(maps).all())):
+            reason = "its score is not a finite number"
+        if reason is not None:
+            return Inspection(path, "error", size=placement.size, error=f"{name}: {reason}")
         return Inspection(
             path,
             "defect" if score >= self.threshold_.value else "good",
@@ -387,9 +512,10 @@ class Detector:
             p_value=self.calibration_.p_value(score),
             threshold=self.threshold_.value,
             pixel_threshold=self.pixel_threshold_,
-            size=size,
-            milliseconds=milliseconds,
-            model_map=anomaly_map,
+            size=placement.size,
+            milliseconds=sum(output.milliseconds for output in outputs) if milliseconds is None else milliseconds,
+            maps=maps,
+            placement=placement,
         )
 
     def _check_fitted(self) -> None:
@@ -414,7 +540,8 @@ class Detector:
     ) -> EvaluationReport:
         """Figures on the test images of a labelled data set, at this detector's threshold.
 
-        Pixel figures are taken at the model's input size, masks resized nearest, or on the original pixels.
+        Pixel figures are taken at the model's input size, masks resized nearest; or on the original pixels, with
+        `full_resolution` and for tiles. What lies outside the region of interest counts nowhere.
 
         Raises:
             FlawmapError: there are no labelled test images.
@@ -427,35 +554,33 @@ class Detector:
                 f"{dataset.root} holds no labelled test images: give a folder with test/good and test/<defect>"
             )
         settings = {
+            **self.settings(),
+            "engine": self._inspection_engine().name,
+            "full_resolution": full_resolution,
+            "data": dataset.name,
+        }
+        return evaluate(self._scored(samples, full_resolution, progress), settings)
+
+    def settings(self) -> dict[str, Any]:
+        """What made this detector, as reports show it."""
+        return {
             "method": self.method,
             "backbone": self.backbone,
             "image_size": list(self.image_size),
-            "engine": self._inspection_engine().name,
-            "full_resolution": full_resolution,
+            "geometry": str(self.geometry),
+            "engine": self.training_["engine"],
             "training_images": self.training_["images"],
             "seed": self.seed,
             "threshold": self.threshold_.value,
             "max_false_reject": self.threshold_.requested,
             "guarantee": self.threshold_.guarantee,
-            "data": dataset.name,
         }
-        return evaluate(self._scored(samples, full_resolution, progress), settings)
 
     def _scored(self, samples: list[Sample], full_resolution: bool, progress: Progress) -> Iterator[Scored]:
         for number, (sample, inspection) in enumerate(
             zip(samples, self.stream(sample.path for sample in samples), strict=True), start=1
         ):
-            mask, anomaly_map = None, inspection.model_map
-            if (
-                sample.label == 1
-                and sample.mask is not None
-                and inspection.size is not None
-                and anomaly_map is not None
-            ):
-                mask = read_mask(sample.mask, inspection.size)
-                mask = mask if full_resolution else resize_mask(mask, self.image_size)
-            if full_resolution and anomaly_map is not None and inspection.size is not None:
-                anomaly_map = lay_back(anomaly_map, inspection.size)
+            anomaly_map, mask, inside = _pixels(sample, inspection, full_resolution)
             yield Scored(
                 sample.kind,
                 sample.label == 1,
@@ -465,6 +590,9 @@ class Detector:
                 mask,
                 inspection.milliseconds,
                 inspection.error,
+                sample.path,
+                inspection.p_value,
+                inside,
             )
             progress("evaluation", number, len(samples))
 
@@ -483,7 +611,8 @@ class Detector:
             "backbone": self.backbone,
             "backbone_digest": self.method_.backbone.digest(),
             "levels": list(self.method_.backbone.levels),
-            "preprocessing": self.preprocessing_.to_json(),
+            "preparation": self.preparation_.to_json(),
+            "captures": self.capture_limits_.to_json(),
             "calibration": {
                 "mode": self.calibration_.mode,
                 "scores": self.calibration_.scores.tolist(),
@@ -493,7 +622,8 @@ class Detector:
             "guarantee": self.guarantee,
             "training": self.training_,
         }
-        write_model(Path(path), self.method_.state_dict(), metadata)
+        prepared = {_PREPARATION + k: torch.from_numpy(v) for k, v in self.preparation_.arrays().items()}
+        write_model(Path(path), {**self.method_.state_dict(), **prepared}, metadata)
 
     @classmethod
     def load(cls, path: str | Path, *, engine: str = "auto", device: str = "auto") -> Detector:
@@ -504,11 +634,15 @@ class Detector:
         """
         tensors, metadata = read_model(Path(path))
         try:
-            preprocessing = Preprocessing.from_json(metadata["preprocessing"])
+            arrays = {k: tensors.pop(k).numpy() for k in list(tensors) if k.startswith(_PREPARATION)}
+            preparation = Preparation.from_json(
+                metadata["preparation"], {k.removeprefix(_PREPARATION): v for k, v in arrays.items()}
+            )
             detector = cls(
                 metadata["method"],
                 backbone=metadata["backbone"],
-                image_size=preprocessing.size,
+                image_size=preparation.image_size,
+                geometry=preparation.geometry,
                 engine=engine,
                 device=device,
                 seed=metadata["training"]["seed"],
@@ -516,27 +650,117 @@ class Detector:
                 guarantee=metadata["guarantee"],
                 **metadata["config"],
             )
-            backbone = create_backbone(
-                detector.backbone, metadata["levels"], weights="random", size=detector.image_size
-            )
-            detector.method_ = detector._method_class(detector.config, backbone, detector.image_size)
+            backbone = create_backbone(detector.backbone, metadata["levels"], weights="random", size=preparation.size)
+            detector.method_ = detector._method_class(detector.config, backbone, preparation.size)
             detector.method_.load_state(tensors)
             detector.method_.to(detector.device).eval().requires_grad_(False)
-            detector.preprocessing_ = preprocessing
+            detector.preparation_ = preparation
+            detector.capture_limits_ = CaptureLimits.from_json(metadata["captures"])
             kept = metadata["calibration"]
             detector.calibration_ = Calibration(
                 np.array(kept["scores"], np.float32), np.array(kept["peaks"], np.float32), kept["mode"]
             )
             detector.training_ = metadata["training"]
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())  # PyTorch's spreads over lines
+        except (KeyError, TypeError, ValueError, RuntimeError, FlawmapError) as error:
+            reason = shorten(str(error), 160)  # PyTorch's spreads over lines and names every tensor
             raise FlawmapError(f"{path} does not fit this flawmap ({reason}): train again") from error
         detector._set_threshold(detector.calibration_.threshold(detector.max_false_reject, detector.guarantee))
         return detector
 
 
-def _enlarged(method: Method, scored: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    return method.enlarge(scored[0]), scored[1]
+@dataclass(frozen=True)
+class _Output:
+    """What came of one model input."""
+
+    map: NDArray[np.float32] | None  # (h, w)
+    score: float
+    embedding: NDArray[np.float32]  # (C,)
+    milliseconds: float
+
+
+class _Inspector(nn.Module):
+    """A method with the embedding by which captures of another part are known."""
+
+    def __init__(self, method: Method) -> None:
+        super().__init__()
+        self.method = method
+
+    def forward(self, images: Tensor, inside: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        features = self.method.features(images)
+        anomaly_map, score = self.method.score(features, inside)
+        pooled = torch.cat([features[i].mean((2, 3)) for i in self.method.backbone.medium], 1)
+        return self.method.enlarge(anomaly_map, inside), score, pooled
+
+
+def _pixels(
+    sample: Sample, inspection: Inspection, full_resolution: bool
+) -> tuple[NDArray[np.float32] | None, NDArray[np.bool_] | None, NDArray[np.bool_] | None]:
+    """Map, mask and scored pixels of one test image, all of one size; None where there is none."""
+    maps, placement = inspection.maps, inspection.placement
+    if maps is None or placement is None:
+        return None, None, None
+    mask = None
+    if sample.label == 1 and sample.mask is not None:
+        mask = read_mask(sample.mask, placement.size)
+    if full_resolution or len(maps) > 1:
+        laid = inspection.anomaly_map
+        assert laid is not None
+        inside = ~np.isnan(laid)
+        return np.where(inside, laid, np.float32(0)), mask, None if inside.all() else inside
+    inside = placement.inside()[0]
+    return maps[0], None if mask is None else placement.project(mask)[0], None if inside.all() else inside
+
+
+def _groups(digests: Sequence[str], alike: Sequence[Sequence[int]]) -> list[int]:
+    """The number of each image's group: those of `alike`, and those with one digest."""
+    first = {digest: i for i, digest in reversed(list(enumerate(digests)))}
+    groups = [first[digest] for digest in digests]
+    for group in alike:
+        for i in group:
+            groups[i] = group[0]
+    return groups
+
+
+@contextmanager
+def _workspace(folder: Path | None, run: dict[str, Any], resume: bool) -> Iterator[None]:
+    """A folder that goes when the block ends, in success or failure, and stays when it is interrupted or killed."""
+    if folder is None:
+        yield
+        return
+    _claim(folder, run, resume)
+    try:
+        yield
+    except Exception:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _claim(folder: Path, run: dict[str, Any], resume: bool) -> None:
+    """Makes a workspace for this run, or goes on with the one that is there.
+
+    Raises:
+        FlawmapError: there is one, and it is not asked for or is another run's.
+    """
+    known = folder / "run"
+    mark = "\n".join(f"{key} {identity(value=value)}" for key, value in sorted(run.items()))
+    if known.exists():
+        before = known.read_text(encoding="utf-8")
+        if not resume:
+            raise FlawmapError(f"{folder} holds an interrupted training: go on with --resume, or delete the folder")
+        if before != mark:
+            changed = [line.split()[0] for line in mark.splitlines() if line not in before.splitlines()]
+            raise FlawmapError(
+                f"--resume: {' and '.join(changed) or 'the run'} changed since the training in {folder} was "
+                "interrupted; train as then, or delete the folder"
+            )
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FlawmapError(f"{folder}: cannot be made ({error.strerror}); choose another place") from error
+    with replacing(known) as file:
+        file.write(mark.encode())
 
 
 def _device(device: str) -> str:
@@ -559,10 +783,6 @@ def _name(source: str | Path | Dataset | Sequence[str | Path]) -> str:
     if isinstance(source, Dataset):
         return str(source.root)
     return str(source) if isinstance(source, (str, Path)) else "the list"
-
-
-def _parts(indices: Sequence[int], size: int = 8) -> list[Sequence[int]]:
-    return [indices[i : i + size] for i in range(0, len(indices), size)]
 
 
 def _renamed(progress: Progress, prefix: str) -> Progress:

@@ -5,13 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flawmap.calibration import binomial_interval
-from flawmap.metrics import PixelCurves, auroc, average_precision, bootstrap_interval, f1_max
+from flawmap.metrics import (
+    PixelCurves,
+    auroc,
+    average_precision,
+    bootstrap_intervals,
+    f1_max,
+    precision_recall_curve,
+    roc_curve,
+)
 
 IMAGE_FIGURES = {"image_auroc": auroc, "image_ap": average_precision, "image_f1_max": f1_max}
 PIXEL_FIGURES = {
@@ -22,6 +31,10 @@ PIXEL_FIGURES = {
 }
 RATES = ("escape_rate", "overkill_rate")
 FIGURES = (*IMAGE_FIGURES, *PIXEL_FIGURES, *RATES)
+CURVES = ("image_roc", "image_pr", "pixel_roc", "pixel_pr", "pixel_pro")
+_CURVE_POINTS = 500
+
+Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
 @dataclass(frozen=True)
@@ -35,6 +48,10 @@ class Scored:
         anomaly_map: (h, w) float32; None for methods without a map.
         mask: (h, w) bool, at the map's size; None where a defect has none.
         milliseconds: what it took.
+        error: one line, where it could not be judged.
+        path: the file; None for an array.
+        p_value: the share of good images expected to score as high; None where it is not known.
+        inside: (h, w) bool, the pixels of the map that count; None is all.
     """
 
     kind: str
@@ -45,6 +62,22 @@ class Scored:
     mask: NDArray[np.bool_] | None
     milliseconds: float
     error: str | None = None
+    path: Path | None = None
+    p_value: float | None = None
+    inside: NDArray[np.bool_] | None = None
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What is kept of a `Scored` image: all but its pixels."""
+
+    path: Path | None
+    kind: str
+    defective: bool
+    score: float | None
+    p_value: float | None
+    verdict: str
+    error: str | None
 
 
 @dataclass(frozen=True)
@@ -60,6 +93,9 @@ class EvaluationReport:
         unjudged: one line for each image that could not be.
         without_mask: defective images left out of the pixel figures because they have no mask.
         settings: what made the figures.
+        results: every image in the order it came, those that could not be judged included.
+        curves: each of `CURVES` as x and y of at most 500 points, ascending in x: false and true positive rate (roc),
+            recall and precision (pr), false positive rate and per-region overlap (pro). None where the figures are.
     """
 
     figures: dict[str, float | None]
@@ -70,6 +106,8 @@ class EvaluationReport:
     without_mask: int
     milliseconds_per_image: float | None
     settings: dict[str, Any] = field(default_factory=dict)
+    results: tuple[Judged, ...] = field(default=(), repr=False)
+    curves: dict[str, Curve | None] = field(default_factory=lambda: dict.fromkeys(CURVES), repr=False, compare=False)
 
     @property
     def errors(self) -> int:
@@ -81,6 +119,12 @@ class EvaluationReport:
         if name in FIGURES:
             return self.figures[name]
         raise AttributeError(name)
+
+    def auroc_of(self, kind: str) -> float | None:
+        """Image AUROC of the defects of one kind against all good images; None where either is missing."""
+        held = [r for r in self.results if r.score is not None and (not r.defective or r.kind == kind)]
+        value = auroc(np.array([r.score for r in held]), [r.defective for r in held]) if held else math.nan
+        return None if math.isnan(value) else value
 
     def to_json(self) -> dict[str, Any]:
         """One flat object, as `evaluate --json` writes it."""
@@ -98,7 +142,8 @@ class EvaluationReport:
 
 def evaluate(scored: Iterable[Scored], settings: dict[str, Any] | None = None) -> EvaluationReport:
     """Figures of a test set, one image at a time: memory does not grow with the maps."""
-    curves = PixelCurves()
+    pixels = PixelCurves()
+    results: list[Judged] = []
     scores: list[float] = []
     labels: list[bool] = []
     rejected: list[bool] = []
@@ -106,6 +151,9 @@ def evaluate(scored: Iterable[Scored], settings: dict[str, Any] | None = None) -
     unjudged: list[str] = []
     kinds: dict[str, dict[str, int]] = {}
     for image in scored:
+        results.append(
+            Judged(image.path, image.kind, image.defective, image.score, image.p_value, image.verdict, image.error)
+        )
         kind = kinds.setdefault(image.kind, {"images": 0, "rejected": 0, "errors": 0})
         if image.score is None:
             kind["errors"] += 1
@@ -121,16 +169,17 @@ def evaluate(scored: Iterable[Scored], settings: dict[str, Any] | None = None) -
             mask = image.mask
             if mask is None and not image.defective:
                 mask = np.zeros(image.anomaly_map.shape, dtype=bool)
-            curves.update(image.anomaly_map[None], [mask])
+            pixels.update(image.anomaly_map[None], [mask], None if image.inside is None else image.inside[None])
 
     figures: dict[str, float | None] = {}
     intervals: dict[str, tuple[float, float] | None] = {}
+    resampled = bootstrap_intervals(scores, labels)
     for name, figure in IMAGE_FIGURES.items():
-        figures[name] = figure(scores, labels) if scores else math.nan
-        intervals[name] = bootstrap_interval(figure, scores, labels) if scores else None
-    pixels, spread = (curves.compute(), curves.intervals()) if curves.images else (None, {})
+        figures[name] = figure(scores, labels)
+        intervals[name] = resampled[figure.__name__]
+    found, spread = (pixels.compute(), pixels.intervals()) if pixels.images else (None, {})
     for name, attribute in PIXEL_FIGURES.items():
-        figures[name] = getattr(pixels, attribute, math.nan)
+        figures[name] = getattr(found, attribute, math.nan)
         intervals[name] = spread.get(attribute)
     missed = [not r for r, defective in zip(rejected, labels, strict=True) if defective]
     overkill = [r for r, defective in zip(rejected, labels, strict=True) if not defective]
@@ -140,13 +189,34 @@ def evaluate(scored: Iterable[Scored], settings: dict[str, Any] | None = None) -
     for name, value in figures.items():
         if value is None or math.isnan(value):
             figures[name] = intervals[name] = None
+    curves: dict[str, Curve | None] = dict.fromkeys(CURVES)
+    if figures["image_auroc"] is not None:
+        curves["image_roc"] = _thinned(*roc_curve(scores, labels)[:2])
+        curves["image_pr"] = _thinned(*precision_recall_curve(scores, labels)[1::-1])
+    if figures["pixel_auroc"] is not None:
+        curves["pixel_roc"] = _thinned(*pixels.roc_curve()[:2])
+        curves["pixel_pr"] = _thinned(*pixels.precision_recall_curve()[1::-1])
+        curves["pixel_pro"] = _thinned(*pixels.pro_curve()[:2])
     return EvaluationReport(
         figures,
         intervals,
         kinds,
         images=len(scores),
         unjudged=unjudged,
-        without_mask=curves.skipped,
+        without_mask=pixels.skipped,
         milliseconds_per_image=float(np.median(times)) if times else None,
         settings=settings or {},
+        results=tuple(results),
+        curves=curves,
     )
+
+
+def _thinned(x: NDArray[np.float64], y: NDArray[np.float64]) -> Curve:
+    """A curve (K,) without the points that lie closest together along it, ascending in x, both ends kept."""
+    if x[0] > x[-1]:
+        x, y = x[::-1], y[::-1]
+    if len(x) > _CURVE_POINTS:
+        along = np.append(0.0, np.cumsum(np.abs(np.diff(x)) + np.abs(np.diff(y))))
+        kept = np.unique(np.searchsorted(along, np.linspace(0.0, along[-1], _CURVE_POINTS)))
+        x, y = x[kept], y[kept]
+    return x, y

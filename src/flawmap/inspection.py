@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from flawmap.images import lay_back
+from flawmap.geometry import Placement
 
 Verdict = Literal["good", "defect", "error"]
 
@@ -45,7 +45,8 @@ class Inspection:
         size: (height, width) of the original.
         milliseconds: from pixels to verdict, this image's share of its batch.
         error: one line, with verdict "error".
-        model_map: (h, w) float32 at the model's input size; None where there is none.
+        maps: (T, h, w) float32, of each window at the model's input size; None where there are none.
+        placement: the windows.
     """
 
     path: Path | None
@@ -57,24 +58,25 @@ class Inspection:
     size: tuple[int, int] | None = None
     milliseconds: float = 0.0
     error: str | None = None
-    model_map: NDArray[np.float32] | None = field(default=None, repr=False)
+    maps: NDArray[np.float32] | None = field(default=None, repr=False)
+    placement: Placement | None = field(default=None, repr=False)
 
     @cached_property
     def anomaly_map(self) -> NDArray[np.float32] | None:
-        """(H, W) float32 on the original pixels."""
-        return None if self.model_map is None or self.size is None else lay_back(self.model_map, self.size)
+        """(H, W) float32 on the original pixels, NaN where nothing was scored."""
+        return None if self.maps is None or self.placement is None else self.placement.lay_back(self.maps)
 
     @cached_property
     def regions(self) -> list[Region]:
         """Where the map reaches the pixel threshold, largest peak first."""
-        if self.model_map is None or self.pixel_threshold is None or self.model_map.max() < self.pixel_threshold:
+        if self.maps is None or self.pixel_threshold is None or self.maps.max() < self.pixel_threshold:
             return []
         assert self.anomaly_map is not None
         return find_regions(self.anomaly_map, self.pixel_threshold)
 
     def without_map(self) -> Inspection:
         """The same, with its regions but without the map, for keeping many."""
-        regions, light = self.regions, replace(self, model_map=None)
+        regions, light = self.regions, replace(self, maps=None)
         light.__dict__["regions"] = regions
         return light
 

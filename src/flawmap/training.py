@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import io
+import json
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -16,18 +20,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flawmap.backbones import Engine
+from flawmap.datasets.duplicates import duplicate_groups, duplicate_pairs
 from flawmap.errors import FlawmapError, ImageError
-from flawmap.images import Preprocessing, read_image
+from flawmap.feature_cache import FeatureCache
+from flawmap.files import replacing
+from flawmap.images import digest, read_image
 from flawmap.methods import Collect, Method, Optimise, Stage
+from flawmap.preparation import Preparation
+from flawmap.reading import BATCH, Picture, read_batches
 
 Progress = Callable[[str, int, int], None]
 """Called as progress(what, done, total)."""
 
-BATCH = 8
-
-
 Announce = Callable[[str], None]
 """Called with one line, such as what a stage will hold in memory, before it starts."""
+
+Load = Callable[[Sequence[int]], tuple[list[Tensor], Tensor | None]]
 
 
 def quiet(what: str, done: int, total: int) -> None:
@@ -38,195 +46,260 @@ def silent(line: str) -> None:
     """An `Announce` that says nothing."""
 
 
-def read_batches(
-    paths: Sequence[Path], preprocess: Preprocessing, batch: int = BATCH
-) -> Iterator[tuple[NDArray[np.float32], list[tuple[int, int] | ImageError]]]:
-    """Reads images ahead of their use.
-
-    Yields for each `batch` paths: the readable images (B, 3, h, w) float32, and for each path its (height, width) or
-    what was wrong with it.
-    """
-
-    def read(paths: Sequence[Path]) -> tuple[NDArray[np.float32], list[tuple[int, int] | ImageError]]:
-        images = np.empty((len(paths), 3, *preprocess.size), np.float32)
-        found: list[tuple[int, int] | ImageError] = []
-        filled = 0
-        for path in paths:
-            try:
-                pixels = read_image(path)
-            except ImageError as error:
-                found.append(error)
-                continue
-            preprocess(pixels, out=images[filled])
-            filled += 1
-            found.append((pixels.shape[0], pixels.shape[1]))
-        return images[:filled], found
-
-    parts = [paths[i : i + batch] for i in range(0, len(paths), batch)]
-    with ThreadPoolExecutor(1) as pool:
-        ahead = [pool.submit(read, part) for part in parts[:2]]
-        try:
-            for i in range(len(parts)):
-                if i + 2 < len(parts):
-                    ahead.append(pool.submit(read, parts[i + 2]))
-                yield ahead.pop(0).result()
-        finally:
-            for future in ahead:
-                future.cancel()
-
-
 class TrainingData:
-    """The training images and their features, each computed once and kept, memory-mapped, in a temporary folder.
+    """The training images and their features, each computed once and kept, memory-mapped, in a folder.
 
-    Use as a context manager: the folder goes when the block ends, also on Ctrl-C.
+    `medium` are the levels by whose averages whole images are compared, see `Backbone.medium`.
+    Without a `folder` of its own it takes a temporary one; use it as a context manager then, so that the folder goes
+    when the block ends, also on Ctrl-C. With one, features that an earlier process left there under the same `identity`
+    are used again.
 
     Attributes:
         paths: the images that could be read.
+        digests: of their bytes.
         unreadable: what was wrong with the others.
+        engine: the name of the engine that made the features.
     """
 
     def __init__(
         self,
         paths: Sequence[Path],
-        preprocess: Preprocessing,
+        prepare: Preparation,
         engine: Engine,
+        medium: Sequence[int] = (0,),
+        *,
+        folder: Path | None = None,
+        identity: str = "",
+        half: bool = False,
         progress: Progress = quiet,
         announce: Announce = silent,
     ) -> None:
-        self.preprocess = preprocess
+        self.prepare = prepare
+        self.engine = engine.name
+        self._medium = medium
         self.paths: list[Path] = []
+        self.digests: list[str] = []
         self.unreadable: list[ImageError] = []
-        self._folder = tempfile.TemporaryDirectory(prefix="flawmap-", ignore_cleanup_errors=True)
-        self._shapes: list[tuple[int, ...]] = []  # (C, h, w) of each level
+        self._temporary = None
+        if folder is None:
+            self._temporary = tempfile.TemporaryDirectory(prefix="flawmap-", ignore_cleanup_errors=True)
+            folder = Path(self._temporary.name)
         try:
+            self._cache = FeatureCache(folder, identity, half=half)
             self._extract(paths, engine, progress, announce)
         except BaseException as error:
             self.__exit__()
             if isinstance(error, OSError):
                 raise FlawmapError(
-                    f"the features of {len(paths)} images cannot be kept in {tempfile.gettempdir()} "
+                    f"the features of {len(paths)} images cannot be kept in {folder.parent} "
                     f"({error.strerror or error}): free some space, or set TMPDIR to a larger disk"
                 ) from error
             raise
+        self._owners = {row: i for i in range(len(self.paths)) for row in self.rows([i])}
 
     def _extract(self, paths: Sequence[Path], engine: Engine, progress: Progress, announce: Announce) -> None:
-        done = 0
-        for images, found in read_batches(paths, self.preprocess):
-            for path, size in zip(paths[done : done + len(found)], found, strict=True):
-                if isinstance(size, ImageError):
-                    self.unreadable.append(size)
+        digests: dict[Path, str] = {}
+        errors: dict[Path, ImageError] = {}
+        for path in paths:
+            try:
+                digests[path] = digest(path)
+            except ImageError as error:
+                errors[path] = error
+        first = {kept: path for path, kept in reversed(digests.items())}  # one path for each content
+        missing = [path for path, kept in digests.items() if kept not in self._cache.images and first[kept] == path]
+        done = len(digests) - len(missing)
+        pooled: list[NDArray[np.float32]] = []  # of windows whose image is not complete
+        told = False
+        for batch in read_batches(missing, self.prepare, fingerprints=True):
+            if len(batch.inputs):
+                maps: list[Any] = list(engine(batch.inputs))
+                pooled.extend(np.concatenate([maps[i].mean((2, 3)) for i in self._medium], axis=1))
+                if batch.inside is not None:
+                    maps.append(batch.inside)
+                windows = max((picture.windows for picture in batch.pictures), default=len(batch.inputs))
+                self._cache.write(maps, expected_rows=max(windows, 1) * len(missing))
+                if not told:
+                    held = max(windows, 1) * len(missing) * self._cache.row_bytes
+                    announce(f"features of {len(missing)} images: {held / 1e6:.0f} MB on disk while training")
+                    told = True
+            for picture in batch.pictures:
+                assert picture.path is not None
+                if picture.error is not None:
+                    errors[picture.path] = picture.error
                 else:
-                    self.paths.append(path)
-            if len(images):
-                maps = engine(images)
-                if not self._shapes:
-                    held = sum(level[0].nbytes for level in maps) * len(paths)
-                    announce(f"features of {len(paths)} images: {held / 1e6:.0f} MB on disk while training")
-                    self._shapes = [level.shape[1:] for level in maps]
-                for i, level in enumerate(maps):
-                    # Written, not mapped: on a full disk a write fails, a mapped page kills the process.
-                    with self._file(i).open("ab") as file:
-                        file.write(level.astype(np.float32, copy=False).tobytes())
-            done += len(found)
-            progress("features", done, len(paths))
+                    self._commit(digests[picture.path], picture, pooled)
+            done += len(batch.pictures)
+            progress("features", done, len(digests))
+        for path in paths:
+            if path in errors:
+                self.unreadable.append(errors[path])
+            elif digests[path] in self._cache.images:
+                self.paths.append(path)
+                self.digests.append(digests[path])
+
+    def _commit(self, digest: str, picture: Picture, pooled: list[NDArray[np.float32]]) -> None:
+        assert picture.placement is not None
+        assert picture.statistics is not None
+        assert picture.fingerprint is not None
+        embedding = np.mean(pooled[: picture.windows], axis=0)
+        del pooled[: picture.windows]
+        record = {
+            "size": list(picture.placement.size),
+            "statistics": picture.statistics.tolist(),
+            "embedding": embedding.tolist(),
+            "fingerprint": base64.b64encode(picture.fingerprint.astype(np.float16).tobytes()).decode(),
+            "quality": None if picture.placement.alignment is None else picture.placement.alignment.quality,
+        }
+        self._cache.commit(digest, picture.windows, record)
+
+    def record(self, image: int) -> dict[str, Any]:
+        """What is known of one image: its size (H, W), the statistics of the capture, its embedding, its alignment."""
+        kept: dict[str, Any] = self._cache.records[self.digests[image]]
+        return kept
+
+    def near_duplicates(self, images: Sequence[int]) -> list[list[int]]:
+        """Groups of images that show the same photograph, or one part photographed again unmoved."""
+        kept = [np.frombuffer(base64.b64decode(self.record(i)["fingerprint"]), np.float16) for i in images]
+        pairs = duplicate_pairs(np.array(kept, np.float32))
+        return [[images[i] for i in group] for group in duplicate_groups(pairs, len(images))]
 
     def __enter__(self) -> TrainingData:
         return self
 
     def __exit__(self, *reason: object) -> None:
-        self._folder.cleanup()
+        if self._temporary is not None:
+            self._temporary.cleanup()
 
-    def features(self, indices: Sequence[int]) -> list[Tensor]:
-        """The maps (B, C, H, W) of some images."""
-        maps = []
-        for i, shape in enumerate(self._shapes):
-            # Mapped anew for each batch, so that the pages of earlier batches do not stay in memory.
-            level = np.memmap(self._file(i), np.float32, "r", shape=(len(self.paths), *shape))
-            maps.append(torch.from_numpy(np.array(level[list(indices)])))
-        return maps
+    def rows(self, images: Sequence[int]) -> list[int]:
+        """The model inputs of some images, one after the other."""
+        return [row for i in images for row in self._cache.images[self.digests[i]]]
 
-    def _file(self, i: int) -> Path:
-        return Path(self._folder.name, f"level{i}")
+    def features(self, rows: Sequence[int]) -> tuple[list[Tensor], Tensor | None]:
+        """The maps (B, C, H, W) of some model inputs, and where those are scored, (B, 1, h, w); None is everywhere."""
+        maps = [torch.from_numpy(level) for level in self._cache.read(rows)]
+        return (maps[:-1], maps[-1].float()) if self.prepare.masked else (maps, None)
 
-    def images(self, indices: Sequence[int]) -> list[Tensor]:
-        """[images (B, 3, H, W)]."""
-        return [torch.from_numpy(np.stack([self.preprocess(read_image(self.paths[i])) for i in indices]))]
+    def images(self, rows: Sequence[int]) -> tuple[list[Tensor], Tensor | None]:
+        """[model inputs (B, 3, h, w)], and where they are scored, as `features`."""
+        inputs, inside = [], []
+        for row in rows:
+            image = self._owners[row]
+            window = row - self._cache.images[self.digests[image]].start
+            pixels = read_image(self.paths[image])
+            placement = self.prepare.place(pixels)
+            inputs.append(next(x for i, x in enumerate(self.prepare.inputs(pixels, placement)) if i == window))
+            inside.append(placement.inside()[window][None])
+        masks = torch.from_numpy(np.stack(inside)).float() if self.prepare.masked else None
+        return [torch.from_numpy(np.stack(inputs))], masks
+
+
+def batches(rows: Sequence[int], size: int = BATCH) -> list[Sequence[int]]:
+    """Consecutive parts of at most `size`."""
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 def train(
     method: Method,
     data: TrainingData,
-    indices: Sequence[int],
+    rows: Sequence[int],
+    stages: Iterator[Stage] | None = None,
     *,
     seed: int = 0,
     progress: Progress = quiet,
     announce: Announce = silent,
+    checkpoint: Path | None = None,
 ) -> None:
-    """Runs the stages of `method` over the images `indices` of `data`; the method is ready to score afterwards.
+    """Runs stages, those of `method` by default, over the model inputs `rows` of `data`; it is ready to score after.
 
-    The same seed, machine, thread count and library versions give the same tensors.
+    The same seed, machine, thread count and library versions give the same tensors. With a `checkpoint`, the state is
+    written there after every epoch, and a training that was killed goes on from it to the same tensors.
 
     Raises:
-        FlawmapError: the loss is not finite, or memory runs out.
+        FlawmapError: the loss is not finite, memory runs out, or the checkpoint is damaged.
     """
     device = next(chain(method.parameters(), method.buffers())).device
+    state = _Checkpoint(checkpoint if method.optimises else None, method)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for stage in method.stages(len(indices)):
-            try:
-                if isinstance(stage, Collect):
-                    announce(f"{stage.name}: about {stage.peak_bytes / 1e6:.0f} MB of memory at its highest")
-                run_stage(stage, data, indices, seed, device, progress)
-            except MemoryError as error:
-                raise FlawmapError(
-                    f"not enough memory for {len(indices)} images at {method.size[1]} x {method.size[0]}: "
-                    "train on fewer images or at a smaller --image-size"
-                ) from error
+        for number, stage in enumerate(stages or method.stages(len(rows)), start=1):
+            if number > state.stages:
+                state.restore()
+                with _memory(method, len(rows)):
+                    _run(stage, data, rows, device, [seed, number], progress, announce, state)
+                state.save(stages=number)
+            _reseed(seed, number)  # for what the method draws before its next stage, also where this one was not run
+        state.restore()
     method.eval().requires_grad_(False)
 
 
-def run_stage(
-    stage: Stage, data: TrainingData, indices: Sequence[int], seed: int, device: torch.device, progress: Progress
+@contextmanager
+def _memory(method: Method, rows: int) -> Iterator[None]:
+    try:
+        yield
+    except MemoryError as error:
+        raise FlawmapError(
+            f"not enough memory for {rows} images at {method.size[1]} x {method.size[0]}: "
+            "train on fewer images or at a smaller --image-size"
+        ) from error
+
+
+def _run(
+    stage: Stage,
+    data: TrainingData,
+    rows: Sequence[int],
+    device: torch.device,
+    seeds: list[int],
+    progress: Progress,
+    announce: Announce,
+    state: _Checkpoint,
 ) -> None:
-    """One stage of a method."""
     source = data.features if stage.inputs == "features" else data.images
 
-    def load(part: Sequence[int]) -> list[Tensor]:
-        return [tensor.to(device) for tensor in source(part)]
+    def load(part: Sequence[int]) -> tuple[list[Tensor], Tensor | None]:
+        maps, inside = source(part)
+        return [level.to(device) for level in maps], None if inside is None else inside.to(device)
 
     if isinstance(stage, Collect):
-        _collect(stage, load, indices, progress)
+        announce(f"{stage.name}: about {stage.peak_bytes / 1e6:.0f} MB of memory at its highest")
+        _collect(stage, load, rows, progress)
     else:
-        _optimise(stage, load, indices, seed, progress)
+        _optimise(stage, load, rows, seeds, progress, announce, state)
 
 
-def _collect(
-    stage: Collect, load: Callable[[Sequence[int]], list[Tensor]], indices: Sequence[int], progress: Progress
-) -> None:
+def _reseed(*seeds: int) -> None:
+    torch.manual_seed(int(np.random.SeedSequence(seeds).generate_state(1)[0]))
+
+
+def _collect(stage: Collect, load: Load, rows: Sequence[int], progress: Progress) -> None:
+    done = 0
     with torch.no_grad():
-        for start in range(0, len(indices), BATCH):
-            part = indices[start : start + BATCH]
-            stage.update(load(part))
-            progress(stage.name, start + len(part), len(indices))
+        for part in batches(rows):
+            stage.update(*load(part))
+            done += len(part)
+            progress(stage.name, done, len(rows))
         stage.close(lambda done, total: progress(f"{stage.name}, closing", done, total))
 
 
 def _optimise(
     stage: Optimise,
-    load: Callable[[Sequence[int]], list[Tensor]],
-    indices: Sequence[int],
-    seed: int,
+    load: Load,
+    rows: Sequence[int],
+    seeds: list[int],
     progress: Progress,
+    announce: Announce,
+    state: _Checkpoint,
 ) -> None:
     optimiser = stage.optimiser(stage.parameters)
-    batches = math.ceil(len(indices) / stage.batch_size)
-    steps = stage.epochs * batches
+    steps = stage.epochs * math.ceil(len(rows) / stage.batch_size)
     schedule = stage.schedule(optimiser, steps) if stage.schedule is not None else None
-    step = 0
-    for epoch in range(stage.epochs):
-        order = np.random.default_rng([seed, epoch]).permutation(np.asarray(indices))
-        for start in range(0, len(order), stage.batch_size):
-            loss = stage.loss(load(order[start : start + stage.batch_size].tolist()))
+    state.resume(optimiser, schedule)
+    step = state.epochs * (steps // stage.epochs)
+    for epoch in range(state.epochs, stage.epochs):
+        # Everything random in an epoch comes from its own seed: one that is run again after a kill is the same.
+        _reseed(*seeds, epoch)
+        order = np.random.default_rng([*seeds, epoch]).permutation(np.asarray(rows))
+        for part in batches(order.tolist(), stage.batch_size):
+            loss = stage.loss(*load(part))
             if not bool(torch.isfinite(loss)):
                 raise FlawmapError(
                     f"training diverged: the loss of {stage.name} is {loss.item()} at step {step + 1} of {steps}; "
@@ -241,6 +314,71 @@ def _optimise(
                 schedule.step()
             step += 1
             progress(stage.name, step, steps)
+        if stage.after_epoch is not None:
+            announce(f"{stage.name}, epoch {epoch + 1} of {stage.epochs}: {stage.after_epoch()}")
+        state.save(stages=seeds[1] - 1, epochs=epoch + 1, optimiser=optimiser, schedule=schedule)
+
+
+class _Checkpoint:
+    """Where a training stands: finished stages, finished epochs of the next, and all that these have changed.
+
+    The backbone's weights are left out while nothing trains them.
+    """
+
+    def __init__(self, path: Path | None, method: Method) -> None:
+        self.path, self.method = path, method
+        self.stages = self.epochs = 0
+        self._kept: dict[str, Any] = {}
+        if path is None or not path.exists():
+            return
+        try:
+            self._kept = torch.load(path, weights_only=True)
+            self.stages, self.epochs = self._kept["stages"], self._kept["epochs"]
+        except Exception as error:  # torch raises several kinds for files that are damaged
+            raise FlawmapError(f"the checkpoint {path} is damaged: delete its folder and train again") from error
+
+    def restore(self) -> None:
+        """Puts the kept state into the method, once."""
+        if "method" in self._kept:
+            self.method.load_state({**self.method.state_dict(), **self._kept.pop("method")})
+
+    def resume(self, optimiser: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler | None) -> None:
+        """Puts the kept state into the optimiser and the schedule of the stage that goes on."""
+        if self.epochs:
+            optimiser.load_state_dict(self._kept.pop("optimiser"))
+            if schedule is not None:
+                schedule.load_state_dict(self._kept.pop("schedule"))
+
+    def save(
+        self,
+        stages: int,
+        epochs: int = 0,
+        optimiser: torch.optim.Optimizer | None = None,
+        schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
+    ) -> None:
+        self.stages, self.epochs = stages, epochs
+        if self.path is None:
+            return
+        frozen = not any(parameter.requires_grad for parameter in self.method.backbone.parameters())
+        state = {
+            key: value
+            for key, value in self.method.state_dict().items()
+            if not (frozen and key.startswith("backbone."))
+        }
+        kept: dict[str, Any] = {"stages": stages, "epochs": epochs, "method": state}
+        if optimiser is not None:
+            kept["optimiser"] = optimiser.state_dict()
+        if schedule is not None:
+            kept["schedule"] = schedule.state_dict()
+        file = io.BytesIO()
+        torch.save(kept, file)
+        with replacing(self.path) as target:
+            target.write(file.getbuffer())
+
+
+def identity(**parts: Any) -> str:
+    """One digest of everything that decides a result, to tell whether an earlier run may be gone on with."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def folds(groups: Sequence[Any], count: int, seed: int) -> list[list[int]]:

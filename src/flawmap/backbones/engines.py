@@ -7,25 +7,33 @@ import io
 import logging
 import os
 import warnings
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from flawmap.errors import FlawmapError
 
 ENGINES = ("openvino", "onnxruntime", "torch")
+# Constants are copied several times on their way into an engine; from this many bytes on, a buffer is an input.
+_LARGE = 32 << 20
 log = logging.getLogger(__name__)
 
 
 class Engine(Protocol):
-    """images (B, 3, H, W) float32 -> the network's outputs, float32, in order."""
+    """images (B, 3, H, W) float32 -> the network's outputs, float32, in order.
+
+    A network made with `masked` also takes where the images are scored, (B, 1, H, W) float32 of 0 and 1.
+    """
 
     name: str
 
-    def __call__(self, images: NDArray[np.float32]) -> list[NDArray[np.float32]]: ...
+    def __call__(
+        self, images: NDArray[np.float32], inside: NDArray[np.float32] | None = None
+    ) -> list[NDArray[np.float32]]: ...
 
 
 def available_engines() -> list[str]:
@@ -42,7 +50,13 @@ def check_engine(engine: str) -> None:
 
 
 def create_engine(
-    network: nn.Module, size: tuple[int, int], engine: str = "auto", *, device: str = "cpu", threads: int | None = None
+    network: nn.Module,
+    size: tuple[int, int],
+    engine: str = "auto",
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    masked: bool = False,
 ) -> Engine:
     """An engine that runs `network` on images of `size` (height, width), any batch size.
 
@@ -56,14 +70,16 @@ def create_engine(
     chosen = ("torch" if device != "cpu" else available_engines()[0]) if engine == "auto" else engine
     if chosen == "torch":
         return TorchEngine(network, device)
+    large = {name: buffer for name, buffer in network.named_buffers() if buffer.nbytes >= _LARGE}
     try:
-        graph = to_onnx(network, size)
+        graph = to_onnx(network, size, large, masked=masked)
     except Exception as error:  # the exporter raises whatever the operator it cannot express raises
         if engine != "auto":
             raise FlawmapError(f"engine {engine} cannot run this backbone ({error}): use --engine torch") from error
         log.warning("the backbone cannot be exported to ONNX (%s): it runs in torch, which is slower", error)
         return TorchEngine(network, device)
-    return (OpenVinoEngine if chosen == "openvino" else OnnxEngine)(graph, threads or cpu_threads())
+    given = {name: buffer.contiguous().numpy() for name, buffer in large.items()}
+    return (OpenVinoEngine if chosen == "openvino" else OnnxEngine)(graph, given, threads or cpu_threads())
 
 
 def cpu_threads() -> int:
@@ -71,26 +87,56 @@ def cpu_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def to_onnx(network: nn.Module, size: tuple[int, int]) -> bytes:
-    """The network as an ONNX model: input `images` (B, 3, H, W) with any B, constants folded."""
-    example = torch.zeros(1, 3, *size)
-    outputs = len(network(example))
+def to_onnx(
+    network: nn.Module, size: tuple[int, int], given: Mapping[str, Tensor] | None = None, *, masked: bool = False
+) -> bytes:
+    """The network as an ONNX model: input `images` (B, 3, H, W) with any B, constants folded.
+
+    `masked` adds an input `inside` (B, 1, H, W). The buffers `given` become inputs of their names instead of constants.
+    """
+    inputs = {"images": torch.zeros(1, 3, *size), **({"inside": torch.ones(1, 1, *size)} if masked else {})}
+    names = [f"map{i}" for i in range(len(network(*inputs.values())))]
+    given = given or {}
+    # The exporter leaves every part in the mode of the whole.
+    module = _Given(network, list(given), len(inputs)).eval()
     file = io.BytesIO()
-    names = [f"map{i}" for i in range(outputs)]
-    dynamic = {"images": {0: "B"}} | {name: {0: "B"} for name in names}
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         # The tracing exporter: the newer one needs a further package and ten times as long for the same graph.
         torch.onnx.export(
-            network,
-            (example,),
+            module,
+            (*inputs.values(), *given.values()),
             file,  # type: ignore[arg-type]  # the tracing exporter takes a file object as well
-            input_names=["images"],
+            input_names=[*inputs, *given],
             output_names=names,
-            dynamic_axes=dynamic,
+            dynamic_axes={name: {0: "B"} for name in (*inputs, *names)},
             dynamo=False,
         )
     return file.getvalue()
+
+
+class _Given(nn.Module):
+    """A network some of whose buffers are arguments, after its own `inputs` arguments."""
+
+    def __init__(self, network: nn.Module, names: Sequence[str], inputs: int) -> None:
+        super().__init__()
+        self.network = network
+        self.inputs = inputs
+        self.owners = [(network.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
+
+    def forward(self, *arguments: Tensor) -> Any:
+        own = [getattr(owner, key) for owner, key in self.owners]
+        try:
+            for (owner, key), tensor in zip(self.owners, arguments[self.inputs :], strict=True):
+                setattr(owner, key, tensor)
+            return self.network(*arguments[: self.inputs])
+        finally:
+            for (owner, key), tensor in zip(self.owners, own, strict=True):
+                setattr(owner, key, tensor)
+
+
+def _named(images: NDArray[np.float32], inside: NDArray[np.float32] | None) -> dict[str, NDArray[np.float32]]:
+    return {"images": images} if inside is None else {"images": images, "inside": inside}
 
 
 class TorchEngine:
@@ -102,38 +148,47 @@ class TorchEngine:
         self.network = network.to(device)
         self.device = device
 
-    def __call__(self, images: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+    def __call__(
+        self, images: NDArray[np.float32], inside: NDArray[np.float32] | None = None
+    ) -> list[NDArray[np.float32]]:
         with torch.inference_mode():
-            return [output.cpu().numpy() for output in self.network(torch.from_numpy(images).to(self.device))]
+            inputs = [torch.from_numpy(value).to(self.device) for value in _named(images, inside).values()]
+            return [output.cpu().numpy() for output in self.network(*inputs)]
 
 
 class OnnxEngine:
     name = "onnxruntime"
 
-    def __init__(self, graph: bytes, threads: int) -> None:
+    def __init__(self, graph: bytes, given: dict[str, NDArray[Any]], threads: int) -> None:
         import onnxruntime as ort
 
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
         self.session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        self.given = given
 
-    def __call__(self, images: NDArray[np.float32]) -> list[NDArray[np.float32]]:
-        outputs: list[NDArray[np.float32]] = self.session.run(None, {"images": images})
+    def __call__(
+        self, images: NDArray[np.float32], inside: NDArray[np.float32] | None = None
+    ) -> list[NDArray[np.float32]]:
+        outputs: list[NDArray[np.float32]] = self.session.run(None, {**_named(images, inside), **self.given})
         return outputs
 
 
 class OpenVinoEngine:
     name = "openvino"
 
-    def __init__(self, graph: bytes, threads: int) -> None:
+    def __init__(self, graph: bytes, given: dict[str, NDArray[Any]], threads: int) -> None:
         import openvino as ov
 
         core = ov.Core()
         # By default OpenVINO takes bfloat16 on processors that have it, which moves the scores.
         settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
         self.model = core.compile_model(core.read_model(graph, b""), "CPU", settings)
+        self.given = given
 
-    def __call__(self, images: NDArray[np.float32]) -> list[NDArray[np.float32]]:
-        result = self.model(images)
+    def __call__(
+        self, images: NDArray[np.float32], inside: NDArray[np.float32] | None = None
+    ) -> list[NDArray[np.float32]]:
+        result = self.model({**_named(images, inside), **self.given}, share_inputs=True)
         return [np.array(result[output]) for output in self.model.outputs]

@@ -100,6 +100,14 @@ class Backbone(nn.Module):
                 self.network.set_submodule(name, nn.Identity())
         return maps
 
+    @property
+    def medium(self) -> list[int]:
+        """Positions of the levels at 1/8 and 1/16 of the input, or of all where there are none.
+
+        Averaged over an image they tell what is in it: a defect moves them little, and another part far.
+        """
+        return [i for i, factor in enumerate(self.reductions) if factor in (8, 16)] or list(range(len(self.levels)))
+
     def digest(self) -> str:
         """sha256 over the trunk's weights: names, shapes and bytes, in order."""
         sha = hashlib.sha256()

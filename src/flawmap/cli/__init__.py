@@ -57,7 +57,7 @@ def main() -> None:
         click.echo(f"flawmap: {error}", err=True)
         code = 2
     except (click.Abort, KeyboardInterrupt):
-        click.echo("flawmap: interrupted; no file was left half-written", err=True)
+        click.echo("flawmap: interrupted; no file was left half-written (a training goes on with --resume)", err=True)
         code = 130
     except BrokenPipeError:
         sys.stderr.close()

@@ -17,8 +17,8 @@ _MARK = ".flawmap-demo"
 )
 def demo_command(output: Path) -> None:
     """Draw a data set of circuit boards, train on it, evaluate, and inspect its test images."""
-    from flawmap.cli.evaluate import report_table
-    from flawmap.cli.inspect import _draw, _make_folder
+    from flawmap.cli.evaluate import report_table, write_report
+    from flawmap.cli.inspect import draw, make_folder
     from flawmap.cli.progress import ProgressLines, quiet_libraries
     from flawmap.datasets import find_dataset
     from flawmap.datasets.drawn import draw_dataset
@@ -30,7 +30,7 @@ def demo_command(output: Path) -> None:
         if not (output / _MARK).exists():
             raise FlawmapError(f"{output} is not empty and was not made by `flawmap demo`: give another folder with -o")
         shutil.rmtree(output)
-    _make_folder(output)
+    make_folder(output)
     (output / _MARK).touch()
     data, model, heatmaps = output / "boards", output / "boards.safetensors", output / "heatmaps"
     click.echo(f"$ flawmap sample {data}")
@@ -47,12 +47,16 @@ def demo_command(output: Path) -> None:
     click.echo(detector.threshold_.describe())
     click.echo(f"wrote {model} ({model.stat().st_size / 1e6:.1f} MB)")
 
-    click.echo(f"\n$ flawmap evaluate {model} {data}")
-    click.echo(report_table(detector.evaluate(dataset)))
+    page = output / "report.html"
+    click.echo(f"\n$ flawmap evaluate {model} {data} --html {page}")
+    report = detector.evaluate(dataset)
+    click.echo(report_table(report))
+    write_report(page, detector, dataset, report)
+    click.echo(f"wrote {page}")
 
     click.echo(f"\n$ flawmap inspect {model} {data / 'test'} -o {heatmaps}")
     paths = [sample.path for sample in dataset.test]
     for path, inspection in zip(paths, detector.stream(paths), strict=True):
-        _draw(heatmaps / path.relative_to(data / "test"), path, inspection, detector.heat_scale())
+        draw(heatmaps / path.relative_to(data / "test"), path, inspection, detector.heat_scale())
     click.echo(f"wrote {len(paths)} heatmaps to {heatmaps}")
     click.echo(f"\ndone in {time.monotonic() - start:.0f} s")

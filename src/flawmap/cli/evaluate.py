@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
+    from flawmap.datasets import Dataset
+    from flawmap.detector import Detector
     from flawmap.evaluation import EvaluationReport
 
 _TITLES = {
@@ -29,6 +31,7 @@ _TITLES = {
 @click.argument("data", type=click.Path(path_type=Path))
 @click.option("--category", help="One category of a data set root.")
 @click.option("--json", "json_file", metavar="FILE", help="Write the figures as one flat JSON object; - is stdout.")
+@click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Write a report that opens anywhere.")
 @click.option("--full-resolution", is_flag=True, help="Pixel figures on the original pixels, not at the input size.")
 @click.option("--engine", default="auto", show_default=True, help="auto, openvino, onnxruntime or torch.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
@@ -37,6 +40,7 @@ def evaluate_command(
     data: Path,
     category: str | None,
     json_file: str | None,
+    html: Path | None,
     full_resolution: bool,
     engine: str,
     device: str,
@@ -48,6 +52,8 @@ def evaluate_command(
     quiet_libraries()
     if json_file not in (None, "-"):
         check_output(Path(str(json_file)))
+    if html is not None:
+        check_output(html)
     from flawmap.datasets import find_dataset
 
     dataset = find_dataset(data, category)
@@ -69,11 +75,40 @@ def evaluate_command(
 
         with replacing(Path(str(json_file))) as file:
             file.write(text.encode() + b"\n")
+    if html is not None:
+        write_report(html, detector, dataset, report)
+        click.echo(f"wrote {html}", err=json_file == "-")
     for line in report.unjudged:
         click.echo(f"flawmap: {line}", err=True)
     if report.errors and not report.images:
         return 2
     return 3 if report.errors else 0
+
+
+def write_report(path: Path, detector: Detector, dataset: Dataset, report: EvaluationReport) -> None:
+    """The page of an evaluation; the images worth showing are inspected again for their maps."""
+    from flawmap.images import read_image, read_mask
+    from flawmap.report.page import take_picture, worth_showing, write_evaluation_page
+
+    masks = {sample.path: sample.mask for sample in dataset.test}
+    scale = detector.heat_scale()
+    shown = {i: image for i in worth_showing(report) if (image := report.results[i].path) is not None}
+    pictures = {}
+    for (i, image), inspection in zip(shown.items(), detector.stream(shown.values()), strict=True):
+        mask = masks[image]
+        truth = None if mask is None else read_mask(mask)
+        if inspection.verdict != "error":
+            pictures[i] = take_picture(read_image(image), inspection, scale, truth)
+    write_evaluation_page(
+        path,
+        report,
+        detector.calibration_,
+        detector.threshold_,
+        pictures,
+        scale=scale,
+        pixel_threshold=detector.pixel_threshold_,
+        config=detector.method_.config.model_dump(mode="json"),
+    )
 
 
 def report_table(report: EvaluationReport) -> str:

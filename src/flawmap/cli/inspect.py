@@ -13,6 +13,7 @@ import click
 
 if TYPE_CHECKING:
     from flawmap.inspection import Inspection
+    from flawmap.report.overlays import HeatScale
 
 _COLUMNS = ("path", "verdict", "score", "p_value", "threshold", "regions", "milliseconds", "error")
 
@@ -80,7 +81,7 @@ def inspect_command(
     write = _Writer(form, max(len(str(path)) for path, _ in found))
     click.echo(detector.threshold_.describe(), err=True)
     if output is not None:
-        _make_folder(output)
+        make_folder(output)
     counts = {"good": 0, "defect": 0, "error": 0}
     unjudged: list[Inspection] = []
     kept: list[Inspection] = []
@@ -92,7 +93,7 @@ def inspect_command(
             unjudged.append(inspection)
         write(inspection)
         if output is not None and inspection.verdict != "error":
-            _draw(output / name, path, inspection, detector.heat_scale())
+            draw(output / name, path, inspection, detector.heat_scale())
         if coco is not None:
             kept.append(inspection.without_map())
     if coco is not None:
@@ -142,20 +143,26 @@ class _Writer:
         click.echo(line.getvalue())
 
 
-def _draw(target: Path, path: Path, inspection: Inspection, scale: object) -> None:
+def draw(target: Path, path: Path, inspection: Inspection, scale: HeatScale | None) -> None:
+    """Writes <target>_overlay.png and <target>_map.png of one inspected image; nothing for a method without maps."""
     from flawmap.images import read_image
-    from flawmap.report.overlays import HeatScale, write_map, write_overlay
+    from flawmap.report.overlays import write_map, write_overlay
 
-    if not isinstance(scale, HeatScale):  # a method without maps has nothing to draw
+    if scale is None:
         return
-    _make_folder(target.parent)
+    make_folder(target.parent)
     # The suffix stays in the name: a.png and a.jpg may lie side by side.
     stem = target.name.replace(".", "_")
     write_overlay(target.with_name(f"{stem}_overlay.png"), read_image(path), inspection, scale)
     write_map(target.with_name(f"{stem}_map.png"), inspection, scale)
 
 
-def _make_folder(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
+    """Makes a folder and those above it.
+
+    Raises:
+        FlawmapError: it cannot be made.
+    """
     from flawmap.files import unwritable
 
     try:

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from flawmap.datasets import Dataset
+    from flawmap.detector import Detector
+
+_SHOWN = 12  # atypical images in the report
 
 
 def parse_settings(pairs: tuple[str, ...]) -> dict[str, str]:
@@ -34,7 +41,20 @@ def parse_settings(pairs: tuple[str, ...]) -> dict[str, str]:
     "--backbone", default="tf_efficientnet_lite0", show_default=True, help="Any timm name; see `flawmap backbones`."
 )
 @click.option("--weights", help="Local weight file of the backbone, .safetensors or .pth; `random` for tests.")
-@click.option("--image-size", default=256, show_default=True, help="Side of the model's input in pixels.")
+@click.option("--image-size", default=256, show_default=True, help="Side that images (or tiles) are resized to.")
+@click.option("--keep-aspect", is_flag=True, help="Keep the aspect ratio: the short side is padded.")
+@click.option("--crop", type=int, metavar="N", help="Use the centre N x N of the resized image only.")
+@click.option("--tile", metavar="SIZE[,OVERLAP]", help="Cut images into windows of SIZE original pixels.")
+@click.option(
+    "--roi", type=click.Path(path_type=Path), metavar="MASK", help="Region of interest: a mask, white inside."
+)
+@click.option(
+    "--register",
+    type=click.Path(path_type=Path),
+    metavar="IMAGE",
+    help="Align each image to this one first, the one on which the region of interest is drawn.",
+)
+@click.option("--epochs", type=int, help="Of methods that train by gradient.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A setting of the method; repeatable.")
 @click.option("--engine", default="auto", show_default=True, help="auto, openvino, onnxruntime or torch.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
@@ -50,34 +70,47 @@ def parse_settings(pairs: tuple[str, ...]) -> dict[str, str]:
 @click.option(
     "--calibration", default="auto", show_default=True, help="holdout, crossfit, or a folder of further good images."
 )
+@click.option("--drop-atypical", default=0, metavar="N", help="Leave out the N most unusual good images.")
+@click.option(
+    "--update",
+    type=click.Path(path_type=Path),
+    metavar="MODEL",
+    help="Learn DATA on top of what MODEL knows; its settings stay.",
+)
+@click.option("--resume", is_flag=True, help="Go on with an interrupted training of the same output.")
+@click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Report to write.  [default: beside -o]")
 @click.option("--strict", is_flag=True, help="Stop at the first image that cannot be read.")
 def train_command(
     data: Path,
     output: Path,
     category: str | None,
-    method: str,
-    preset: str | None,
-    backbone: str,
-    weights: str | None,
-    image_size: int,
     settings: tuple[str, ...],
-    engine: str,
-    device: str,
-    seed: int,
-    max_false_reject: float,
-    guarantee: str,
-    calibration: str,
+    keep_aspect: bool,
+    crop: int | None,
+    tile: str | None,
+    epochs: int | None,
+    drop_atypical: int,
+    update: Path | None,
+    resume: bool,
+    html: Path | None,
     strict: bool,
+    **options: Any,
 ) -> None:
-    """Learn from the good images in DATA and write a model file.
+    """Learn from the good images in DATA and write a model file, and a report beside it.
 
     DATA is a folder of good images, a folder with good/ and bad/, a data set in the MVTec AD layout, or a CSV file.
     """
     from flawmap.cli.progress import ProgressLines, quiet_libraries
 
     quiet_libraries()
-    chosen = parse_settings(settings)
-    check_output(output)
+    html = html or output.with_suffix(".html")
+    for target in (output, html):
+        check_output(target)
+    if drop_atypical < 0:
+        raise click.BadParameter(f"{drop_atypical} is negative", param_hint="--drop-atypical")
+    chosen: dict[str, Any] = {**parse_settings(settings), **({} if epochs is None else {"epochs": epochs})}
+    if update is not None:
+        _refuse_beside_update(click.get_current_context())
     from flawmap.datasets import find_dataset
 
     dataset = find_dataset(data, category)
@@ -85,25 +118,94 @@ def train_command(
 
     from flawmap.detector import Detector
 
-    detector = Detector(
-        method,
-        preset=preset,
-        backbone=backbone,
-        weights=weights,
-        image_size=image_size,
-        engine=engine,
-        device=device,
-        seed=seed,
-        max_false_reject=max_false_reject,
-        guarantee=guarantee,  # type: ignore[arg-type]
-        calibration=calibration,
-        **chosen,
-    )
     with ProgressLines() as progress:
-        detector.fit(dataset, strict=strict, progress=progress, announce=lambda line: click.echo(line, err=True))
-    detector.save(output)
+        told: dict[str, Any] = {
+            "strict": strict,
+            "progress": progress,
+            "announce": lambda line: click.echo(line, err=True),
+        }
+        if update is not None:
+            detector = Detector.load(update, engine=options["engine"], device=options["device"])
+            detector.update(dataset, **told)
+        else:
+            from flawmap.geometry import Geometry
+
+            geometry = Geometry.from_options(keep_aspect, crop, tile)
+            detector = Detector(geometry=geometry, **options, **chosen)
+            workspace = output.with_name(output.name + ".training")
+            detector.fit(dataset, workspace=workspace, resume=resume, drop_atypical=drop_atypical, **told)
+        detector.save(output)
+        progress("report", 0, 1)
+        write_report(html, detector, dataset)
     click.echo(detector.threshold_.describe())
-    click.echo(f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB, engine {detector.training_['engine']})")
+    for line in _notes(detector, update is not None):
+        click.echo(line)
+    click.echo(
+        f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB, engine {detector.training_['engine']}) and {html}"
+    )
+
+
+_WITH_UPDATE = {"data", "output", "category", "update", "engine", "device", "html", "strict"}
+
+
+def _refuse_beside_update(context: click.Context) -> None:
+    given = [
+        f"--{name.replace('_', '-')}"
+        for name in context.params
+        if name not in _WITH_UPDATE
+        and context.get_parameter_source(name) not in (None, click.core.ParameterSource.DEFAULT)
+    ]
+    if given:
+        raise click.UsageError(f"--update keeps the model's settings: leave {' and '.join(given)} out")
+
+
+def _notes(detector: Detector, updated: bool) -> list[str]:
+    """What the user should know of the images, in a line each."""
+    if updated:
+        return []
+    notes = []
+    if detector.atypical_:
+        most = ", ".join(f"{one.path.name} ({one.score:.4g})" for one in detector.atypical_[:3])
+        notes.append(f"most unusual good images: {most}; look at them in the report, --drop-atypical N leaves N out")
+    if detector.near_duplicates_:
+        count = sum(len(group) - 1 for group in detector.near_duplicates_)
+        notes.append(
+            f"{count} images show what another one shows (see the report): they add little, and the rate above holds "
+            "only for parts as alike"
+        )
+    return notes
+
+
+def write_report(path: Path, detector: Detector, dataset: Dataset) -> None:
+    """The page that training ends with."""
+    from flawmap.datasets.duplicates import in_train_and_test
+    from flawmap.errors import ImageError
+    from flawmap.images import read_image
+    from flawmap.report.page import Atypical, Learnt, LeftOut, take_picture, write_training_page
+
+    scale = detector.heat_scale()
+    unusual = detector.atypical_[:_SHOWN]
+    pictures = []
+    for one, inspection in zip(unusual, detector.stream([one.path for one in unusual]), strict=True):
+        try:
+            picture = None if scale is None else take_picture(read_image(one.path), inspection, scale)
+        except ImageError:  # gone since it was read
+            picture = None
+        pictures.append(Atypical(one.path, one.score, one.p_value, picture))
+    left_out = []
+    for error in detector.left_out_:
+        name, _, reason = str(error).partition(": ")
+        left_out.append(LeftOut(Path(name), reason))
+    write_training_page(
+        path,
+        detector.settings() | {"data": dataset.name},
+        Learnt(detector.sizes_, left_out, pictures, detector.near_duplicates_, in_train_and_test(dataset)),
+        detector.calibration_,
+        detector.threshold_,
+        scale=scale,
+        pixel_threshold=detector.pixel_threshold_,
+        config=detector.method_.config.model_dump(mode="json"),
+    )
 
 
 def check_output(path: Path) -> None:

@@ -30,14 +30,15 @@ class Collect:
 
     Attributes:
         name: what the progress line says.
-        update: takes one batch: the list of maps (B, C, H, W) for "features", or [images (B, 3, H, W)].
+        update: takes one batch: the list of maps (B, C, H, W) for "features", or [images (B, 3, H, W)]; and where the
+            images are scored, (B, 1, H, W) of 0 and 1 at the input size, or None for everywhere.
         close: computes the result and leaves it in the method's buffers; reports progress as (done, total).
         inputs: what it collects from.
         peak_bytes: what the stage holds at its highest, stated before it starts.
     """
 
     name: str
-    update: Callable[[list[Tensor]], None]
+    update: Callable[[list[Tensor], Tensor | None], None]
     close: Callable[[Callable[[int, int], None]], None]
     peak_bytes: int
     inputs: Inputs = "features"
@@ -49,17 +50,19 @@ class Optimise:
 
     Attributes:
         name: what the progress line says.
-        loss: one batch, as in `Collect.update`, -> a scalar. Must be finite.
+        loss: one batch, as in `Collect.update`, -> a scalar. Must be finite. What it draws at random it draws from
+            PyTorch's default generator, which is seeded anew for every epoch.
         parameters: what is trained.
         epochs, batch_size: the schedule; batches are drawn in an order given by the seed and the epoch.
         optimiser: parameters -> optimiser.
         schedule: (optimiser, steps in all) -> learning-rate schedule, stepped after every batch; None: constant.
         clip: the gradient norm is clipped to it; None leaves it.
         inputs: what it trains on.
+        after_epoch: says in a few words how it goes, such as the value of a learnt radius.
     """
 
     name: str
-    loss: Callable[[list[Tensor]], Tensor]
+    loss: Callable[[list[Tensor], Tensor | None], Tensor]
     parameters: Sequence[nn.Parameter]
     epochs: int
     batch_size: int
@@ -67,6 +70,7 @@ class Optimise:
     schedule: Callable[[torch.optim.Optimizer, int], torch.optim.lr_scheduler.LRScheduler] | None = None
     clip: float | None = None
     inputs: Inputs = "features"
+    after_epoch: Callable[[], str] | None = None
 
 
 Stage = Collect | Optimise
@@ -79,6 +83,7 @@ class Method(nn.Module):
         Config: the settings' type.
         presets: named settings; "paper" is the printed set-up.
         localises: False for methods that score images only; they have no map.
+        updates: True where `further_stages` can add images to a trained method.
         optimises: True where stages train by gradient; such methods hold out good images for calibration, the others
             cross-fit.
     """
@@ -87,6 +92,7 @@ class Method(nn.Module):
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
     localises: ClassVar[bool] = True
     optimises: ClassVar[bool] = False
+    updates: ClassVar[bool] = False
 
     def __init__(self, config: Any, backbone: Backbone, size: tuple[int, int]) -> None:
         """`size` is the input size (height, width); `backbone` reads `levels(config)`."""
@@ -106,7 +112,14 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def stages(self, images: int) -> Iterator[Stage]:
-        """What has to happen in training on `images` images, in order. A stage may rely on those before it."""
+        """What has to happen in training on `images` model inputs, in order.
+
+        A stage may rely on what those before it left in buffers and parameters, and on nothing else of theirs.
+        """
+        raise NotImplementedError
+
+    def further_stages(self, images: int) -> Iterator[Stage]:
+        """What has to happen to learn `images` further model inputs on top of those learnt before."""
         raise NotImplementedError
 
     def features(self, images: Tensor) -> list[Tensor]:
@@ -114,29 +127,33 @@ class Method(nn.Module):
         maps: list[Tensor] = self.backbone(images)
         return maps
 
-    def score(self, features: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def score(self, features: list[Tensor], inside: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Anomaly map (B, 1, h, w), at whatever resolution the method has, and image score (B,).
 
         Both float32, higher is more abnormal, in the method's own units. One call, since what gives the one mostly
-        gives the other.
+        gives the other. Nothing outside `inside` (B, 1, H, W), of 0 and 1 at the input size, raises the image score;
+        None is everywhere.
         """
         raise NotImplementedError
 
-    def enlarge(self, anomaly_map: Tensor) -> Tensor:
-        """(B, 1, h, w) -> (B, 1, H, W) at the input size, smoothed as the method's paper does."""
+    def enlarge(self, anomaly_map: Tensor, inside: Tensor | None = None) -> Tensor:
+        """(B, 1, h, w) -> (B, 1, H, W) at the input size, smoothed as the method's paper does.
+
+        Outside `inside` lies the smallest value inside.
+        """
         raise NotImplementedError
 
-    def leave_one_out(self, features: list[Tensor]) -> tuple[Tensor, Tensor] | None:
+    def leave_one_out(self, features: list[Tensor], inside: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
         """`score` of training images as if each had been left out of training, in closed form.
 
         None, the default, where there is no closed form; calibration then refits on folds.
         """
         return None
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor, inside: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """images (B, 3, H, W) -> anomaly map (B, 1, H, W) and image score (B,)."""
-        anomaly_map, image_score = self.score(self.features(images))
-        return self.enlarge(anomaly_map), image_score
+        anomaly_map, image_score = self.score(self.features(images), inside)
+        return self.enlarge(anomaly_map, inside), image_score
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Like `load_state_dict`, also for buffers whose size only training knew.

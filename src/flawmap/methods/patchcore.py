@@ -8,7 +8,8 @@ Where this differs from the paper, and the setting that takes the difference bac
 - Channels are standardised over the good patches (`standardise=false`).
 - A second, coarser bank on `deep_levels` has a share in map and image score, each bank's distances in units of the mean
   distance of its own training patches. `deep_levels=` leaves one bank, as in the paper.
-- The image score is the largest patch distance; `reweight=true` adds the paper's factor (Eq. 7), to a single bank.
+- The image score is the largest patch distance; `reweight=true` adds the paper's factor (Eq. 7), which is defined for a
+  single bank: it is refused beside `deep_levels`.
 - A bank keeps at least `min_vectors`, since 1 % of a few dozen images is too little to cover them.
 - Levels are averaged over the neighbourhood channel by channel. The authors' code instead pools each neighbourhood of
   C x 3 x 3 values to 1024 numbers across channels, which mixes channels in memory order; the paper's text (Eq. 2) does
@@ -27,8 +28,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from flawmap.backbones import Backbone, default_deep_levels, default_levels
+from flawmap.errors import FlawmapError
 from flawmap.methods.contract import Collect, Config, Method, Stage
-from flawmap.methods.smoothing import Enlarge
+from flawmap.methods.smoothing import Enlarge, on_grid, within
 from flawmap.neighbours import k_center_greedy, k_nearest, nearest, search_index
 
 _UNIT_SAMPLE = 4096
@@ -78,10 +80,12 @@ class MemoryBank(nn.Module):
         self.register_buffer("scale", torch.ones(width))
         self.register_buffer("index", torch.empty(0, width + 1))
         self.register_buffer("unit", torch.ones(()))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))  # patches that the bank was chosen from
         self.shift: Tensor
         self.scale: Tensor
         self.index: Tensor
         self.unit: Tensor
+        self.seen: Tensor
         self.candidates = torch.empty(0)
         self.filled = 0
 
@@ -110,35 +114,43 @@ class MemoryBank(nn.Module):
         self.filled, self.per_image = 0, per_image
         return self.candidates.numel() * 4
 
-    def add(self, pooled: list[Tensor], generator: torch.Generator) -> None:
-        patches = self.patches(pooled)  # (B, h*w, C)
-        if patches.shape[1] > self.per_image:
-            kept = [torch.randperm(patches.shape[1], generator=generator)[: self.per_image] for _ in patches]
-            chosen = torch.stack(kept).to(patches.device)[..., None]
-            patches = patches.gather(1, chosen.expand(-1, -1, patches.shape[2]))
-        patches = patches.flatten(0, 1)
-        self.candidates[self.filled : self.filled + len(patches)] = patches
-        self.filled += len(patches)
+    def add(self, pooled: list[Tensor], inside: Tensor | None, generator: torch.Generator) -> None:
+        scored = None if inside is None else on_grid(inside, self.grid).flatten(1) > 0  # (B, h*w)
+        for i, patches in enumerate(self.patches(pooled)):  # (h*w, C)
+            if scored is not None:
+                patches = patches[scored[i]]
+            self.seen += len(patches)
+            if len(patches) > self.per_image:
+                patches = patches[torch.randperm(len(patches), generator=generator)[: self.per_image]]
+            self.candidates[self.filled : self.filled + len(patches)] = patches
+            self.filled += len(patches)
 
-    def close(self, images: int, generator: torch.Generator, progress: Callable[[int, int], None]) -> None:
+    def close(self, generator: torch.Generator, progress: Callable[[int, int], None]) -> None:
         """Standardises the candidates and keeps a coreset of them (Algorithm 1)."""
         candidates = self.candidates[: self.filled]
-        wanted = round(self.share * images * self.grid[0] * self.grid[1])
+        if len(candidates) == 0:
+            raise FlawmapError("the region of interest leaves no patch to learn from: draw a larger region")
+        wanted = round(self.share * int(self.seen))
         size = min(max(wanted, self.fewest), self.config.max_vectors)
-        if self.config.standardise:
+        known = len(self.index) > 0
+        if self.config.standardise and not known:
             std, mean = torch.std_mean(candidates[:: max(1, len(candidates) // _MOMENT_SAMPLE)], 0, correction=0)
             self.shift.copy_(mean)
             # A channel that good parts hardly use must not drown the others as soon as a part does use it.
             self.scale.copy_(1 / std.clamp_min(0.1 * float(std.mean()) + 1e-12))
         candidates.sub_(self.shift).mul_(self.scale)
+        if known:
+            candidates = torch.cat([self.index[:, :-1], candidates])
         picks = k_center_greedy(candidates.cpu().numpy(), size, progress=progress)
         self.index = search_index(candidates[torch.from_numpy(picks).to(candidates.device)])
+        self.candidates = torch.empty(0)
+        if known:
+            return
         sample = candidates[torch.randperm(len(candidates), generator=generator)[:_UNIT_SAMPLE]]
         # A patch that the bank keeps is at distance zero from itself: its nearest other counts, lest the unit vanish
         # where few images leave nearly all patches in the bank.
         near = torch.cat([k_nearest(part, self.index, 2)[0] for part in sample.split(512)])
         self.unit = torch.where(near[:, 0] > 0, near[:, 0], near[:, -1]).mean().clamp_min(1e-12)
-        self.candidates = torch.empty(0)
 
 
 class PatchCore(Method):
@@ -148,6 +160,7 @@ class PatchCore(Method):
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "paper": {"deep_levels": (), "standardise": False, "reweight": True},
     }
+    updates = True
     config: PatchCoreConfig
 
     def __init__(self, config: PatchCoreConfig, backbone: Backbone, size: tuple[int, int]) -> None:
@@ -163,8 +176,12 @@ class PatchCore(Method):
     @classmethod
     def resolved(cls, config: PatchCoreConfig, backbone: str) -> PatchCoreConfig:
         levels, deep_levels = config.levels, config.deep_levels
-        if deep_levels is None:  # levels of the user's own choice stand alone
-            deep_levels = default_deep_levels(backbone) if levels is None else ()
+        if deep_levels is None:  # levels of the user's own choice stand alone, and so does what is reweighted
+            deep_levels = default_deep_levels(backbone) if levels is None and not config.reweight else ()
+        if deep_levels and config.reweight:
+            raise FlawmapError(
+                "reweight=true scores a single bank: leave deep_levels unset, or set deep_levels= (none)"
+            )
         return config.model_copy(update={"levels": levels or default_levels(backbone), "deep_levels": deep_levels})
 
     @classmethod
@@ -172,19 +189,26 @@ class PatchCore(Method):
         return tuple(dict.fromkeys((*(config.levels or ()), *(config.deep_levels or ()))))
 
     def stages(self, images: int) -> Iterator[Stage]:
+        yield self._collect(images)
+
+    def further_stages(self, images: int) -> Iterator[Stage]:
+        """The banks' vectors and the new patches are thinned together; standardisation and units stay."""
+        yield self._collect(images)
+
+    def _collect(self, images: int) -> Collect:
         generator = torch.Generator().manual_seed(torch.initial_seed())
         banks = [bank for bank in (self.bank, self.deep_bank) if bank is not None]
 
-        def update(features: list[Tensor]) -> None:
+        def update(features: list[Tensor], inside: Tensor | None) -> None:
             pooled = self._pooled(features)
             for bank in banks:
-                bank.add(pooled, generator)
+                bank.add(pooled, inside, generator)
 
         def close(progress: Callable[[int, int], None]) -> None:
             for bank in banks:
-                bank.close(images, generator, progress)
+                bank.close(generator, progress)
 
-        yield Collect("memory bank", update, close, peak_bytes=sum(bank.reserve(images) for bank in banks))
+        return Collect("memory bank", update, close, peak_bytes=sum(bank.reserve(images) for bank in banks))
 
     def _pooled(self, features: list[Tensor]) -> list[Tensor]:
         """Each patch averaged with its neighbourhood (Eq. 2)."""
@@ -193,17 +217,17 @@ class PatchCore(Method):
             return features
         return [F.avg_pool2d(level, side, 1, side // 2, count_include_pad=False) for level in features]
 
-    def score(self, features: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def score(self, features: list[Tensor], inside: Tensor | None = None) -> tuple[Tensor, Tensor]:
         pooled = self._pooled(features)
         distances, indices, queries = self.bank.distances(pooled)  # of each patch to the bank (Eq. 6)
+        scored = None if inside is None else on_grid(inside, self.bank.grid)
         if self.deep_bank is not None:
             shallow = distances[:, None] / self.bank.unit  # (B, 1, h, w)
             deep = self.deep_bank.distances(pooled)[0][:, None] / self.deep_bank.unit
             deep = F.interpolate(deep, size=self.bank.grid, mode="bilinear", align_corners=False)
-            return self._mixed(shallow, deep, self.config.map_share), self._mixed(
-                shallow, deep, self.config.image_share
-            ).amax((1, 2, 3))
-        scores, farthest = distances.flatten(1).max(1)  # s* and its patch (Eq. 6)
+            mixed = self._mixed(shallow, deep, self.config.image_share)
+            return self._mixed(shallow, deep, self.config.map_share), within(mixed, scored).amax((1, 2, 3))
+        scores, farthest = within(distances[:, None], scored).flatten(1).max(1)  # s* and its patch (Eq. 6)
         if self.config.reweight:
             farthest = farthest[:, None]  # (B, 1)
             query = queries.gather(1, farthest[..., None].expand(-1, 1, queries.shape[2]))[:, 0]  # (B, C), m^test,*
@@ -218,6 +242,6 @@ class PatchCore(Method):
     def _mixed(shallow: Tensor, deep: Tensor, share: float) -> Tensor:
         return (1 - share) * shallow + share * deep
 
-    def enlarge(self, anomaly_map: Tensor) -> Tensor:
-        enlarged: Tensor = self.resize(anomaly_map)
+    def enlarge(self, anomaly_map: Tensor, inside: Tensor | None = None) -> Tensor:
+        enlarged: Tensor = self.resize(anomaly_map, inside)
         return enlarged

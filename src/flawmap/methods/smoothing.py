@@ -1,6 +1,8 @@
-"""Enlarging an anomaly map: bilinear, then Gaussian, as two small matrix products."""
+"""Anomaly maps: enlarging, as two small matrix products, and what is left of them inside a region."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -36,5 +38,29 @@ class Enlarge(nn.Module):
         self.rows: Tensor
         self.columns: Tensor
 
-    def forward(self, anomaly_map: Tensor) -> Tensor:
-        return self.rows @ anomaly_map @ self.columns
+    def forward(self, anomaly_map: Tensor, inside: Tensor | None = None) -> Tensor:
+        """With `inside` (B, 1, H, W), values outside neither spread into it nor are kept: see `within`."""
+        if inside is None:
+            return self._product(anomaly_map)
+        scored = on_grid(inside, anomaly_map.shape[-2:])
+        weights = self._product(scored).clamp_min(1e-6)
+        return within(self._product(within(anomaly_map, scored) * scored) / weights, inside)
+
+    def _product(self, maps: Tensor) -> Tensor:
+        return self.rows @ maps @ self.columns
+
+
+def on_grid(inside: Tensor, grid: Sequence[int]) -> Tensor:
+    """(B, 1, H, W) of 0 and 1 at the input size -> the cells (B, 1, h, w) whose centre is inside, or is most so."""
+    share = F.interpolate(inside, size=(grid[0], grid[1]), mode="bilinear", align_corners=False)
+    most = share.amax((2, 3), keepdim=True).clamp_max(0.5)
+    return (share >= most).to(inside.dtype)
+
+
+def within(maps: Tensor, inside: Tensor | None) -> Tensor:
+    """Maps (B, 1, h, w) with the smallest value inside in every place outside `inside`, which has their size."""
+    if inside is None:
+        return maps
+    largest = torch.finfo(maps.dtype).max
+    lowest = torch.where(inside > 0, maps, torch.full_like(maps, largest)).amin((2, 3), keepdim=True)
+    return torch.where(inside > 0, maps, lowest)

@@ -1,7 +1,7 @@
 """Figures of how well scores and maps tell defects from good: exact functions, and a streaming twin for pixels."""
 
 from flawmap.metrics.aupimo import aupimo
-from flawmap.metrics.bootstrap import bootstrap_interval
+from flawmap.metrics.bootstrap import bootstrap_intervals
 from flawmap.metrics.ranking import auroc, average_precision, f1_max, precision_recall_curve, roc_curve
 from flawmap.metrics.regions import aupro, pro_curve
 from flawmap.metrics.streaming import PixelCurves, PixelFigures
@@ -14,7 +14,7 @@ __all__ = [
     "aupro",
     "auroc",
     "average_precision",
-    "bootstrap_interval",
+    "bootstrap_intervals",
     "escape_rate",
     "f1_max",
     "overkill_rate",

@@ -17,7 +17,7 @@ from flawmap.inspection import Inspection, Region
 # Anchors of the heat colours, from just above what good parts show to far beyond it: yellow, orange, red, dark red.
 _COLOURS = np.array([(255, 236, 120), (253, 174, 60), (227, 40, 30), (128, 0, 38)], dtype=np.float32)
 _OPACITY = 0.65
-_CONTOUR = (0, 220, 255)
+CONTOUR = (0, 220, 255)
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class HeatScale:
         return cls(low, low + 2 * reach)
 
     def heat(self, anomaly_map: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(H, W) in the method's units -> 0..1."""
-        heat: NDArray[np.float32] = np.clip((anomaly_map - self.low) / (self.high - self.low), 0, 1).astype(np.float32)
-        return heat
+        """(H, W) in the method's units -> 0..1; 0 where nothing was scored (NaN)."""
+        heat = np.clip((anomaly_map - self.low) / (self.high - self.low), 0, 1)
+        return np.nan_to_num(heat, nan=0.0).astype(np.float32)  # type: ignore[no-any-return]
 
 
 def overlay(pixels: NDArray[Any], inspection: Inspection, scale: HeatScale) -> NDArray[np.uint8]:
@@ -72,7 +72,7 @@ def _outline(picture: NDArray[np.uint8], region: Region) -> None:
     rows, columns = np.nonzero(ring)
     rows, columns = rows + top - width, columns + left - width
     inside = (rows >= 0) & (rows < picture.shape[0]) & (columns >= 0) & (columns < picture.shape[1])
-    picture[rows[inside], columns[inside]] = _CONTOUR
+    picture[rows[inside], columns[inside]] = CONTOUR
 
 
 def as_rgb(pixels: NDArray[Any]) -> NDArray[np.uint8]:
@@ -91,10 +91,11 @@ def write_overlay(path: Path, pixels: NDArray[Any], inspection: Inspection, scal
 def write_map(path: Path, inspection: Inspection, scale: HeatScale) -> None:
     """Writes the map as a 16-bit grey PNG on the original pixels: 0 is map value 0, 65535 twice the scale's end.
 
-    The value of a pixel is `pixel / 65535 * 2 * scale.high`; larger values are clipped.
+    The value of a pixel is `pixel / 65535 * 2 * scale.high`; larger values are clipped, and 0 stands
+    where nothing was scored.
     """
     assert inspection.anomaly_map is not None
-    values = np.clip(inspection.anomaly_map / (2 * scale.high), 0, 1) * 65535
+    values = np.nan_to_num(np.clip(inspection.anomaly_map / (2 * scale.high), 0, 1), nan=0.0) * 65535
     _write_png(path, Image.fromarray(values.round().astype(np.uint16)))
 
 
