@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -52,41 +53,18 @@ def precision_recall_curve(
 def auroc(scores: ArrayLike, labels: ArrayLike) -> float:
     """Area under the ROC curve: the probability that a defect scores above a good one, ties counting half.
 
-    Args:
-        scores: real numbers of any shape and range, higher is more abnormal.
-        labels: same shape, 0 or False for good, 1 or True for defect.
-
-    Returns:
-        A fraction in 0..1; nan where either class is missing.
-
-    Raises:
-        ValueError: a score is NaN or infinite, a label is neither 0 nor 1, or the shapes differ.
+    Arguments and errors as for `roc_curve`. A fraction in 0..1; nan where either class is missing.
     """
-    scores, labels = checked(scores, labels)
-    if one_class(labels):
-        return float("nan")
-    _, false_positives, true_positives = sweep(scores, ~labels, labels)
-    return float(area_under_roc(false_positives, true_positives))
+    return _figure(area_under_roc, scores, labels)
 
 
 def average_precision(scores: ArrayLike, labels: ArrayLike) -> float:
     """Precision averaged over the steps in recall, without interpolation, as scikit-learn defines it.
 
-    Args:
-        scores: real numbers of any shape and range, higher is more abnormal.
-        labels: same shape, 0 or False for good, 1 or True for defect.
-
-    Returns:
-        A fraction in 0..1; nan where either class is missing (without good ones any ranking would get 1).
-
-    Raises:
-        ValueError: a score is NaN or infinite, a label is neither 0 nor 1, or the shapes differ.
+    Arguments and errors as for `roc_curve`. A fraction in 0..1; nan where either class is missing (without good ones any
+    ranking would get 1).
     """
-    scores, labels = checked(scores, labels)
-    if one_class(labels):
-        return float("nan")
-    _, false_positives, true_positives = sweep(scores, ~labels, labels)
-    return float(mean_precision(false_positives, true_positives))
+    return _figure(mean_precision, scores, labels)
 
 
 def f1_max(scores: ArrayLike, labels: ArrayLike) -> float:
@@ -95,21 +73,19 @@ def f1_max(scores: ArrayLike, labels: ArrayLike) -> float:
     An oracle figure: its threshold is the best one for the very labels it is measured on, so no threshold chosen
     beforehand can be expected to reach it. Report it under that name.
 
-    Args:
-        scores: real numbers of any shape and range, higher is more abnormal.
-        labels: same shape, 0 or False for good, 1 or True for defect.
-
-    Returns:
-        A fraction in 0..1; nan where either class is missing.
-
-    Raises:
-        ValueError: a score is NaN or infinite, a label is neither 0 nor 1, or the shapes differ.
+    Arguments and errors as for `roc_curve`. A fraction in 0..1; nan where either class is missing.
     """
+    return _figure(best_f1, scores, labels)
+
+
+def _figure(
+    of: Callable[[NDArray[Any], NDArray[Any]], NDArray[np.float64]], scores: ArrayLike, labels: ArrayLike
+) -> float:
     scores, labels = checked(scores, labels)
     if one_class(labels):
         return float("nan")
     _, false_positives, true_positives = sweep(scores, ~labels, labels)
-    return float(best_f1(false_positives, true_positives))
+    return float(of(false_positives, true_positives))
 
 
 def checked(scores: ArrayLike, labels: ArrayLike) -> tuple[NDArray[Any], NDArray[np.bool_]]:
