@@ -32,6 +32,7 @@ class Entry:
 METHODS: dict[str, Entry] = {
     entry.name: entry
     for entry in (
+        Entry("cfa", "flawmap.methods.cfa:CFA", "Lee et al., IEEE Access 2022"),
         Entry("padim", "flawmap.methods.padim:PaDiM", "Defard et al., ICPR 2021"),
         Entry("patchcore", "flawmap.methods.patchcore:PatchCore", "Roth et al., CVPR 2022"),
     )

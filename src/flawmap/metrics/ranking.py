@@ -61,8 +61,8 @@ def auroc(scores: ArrayLike, labels: ArrayLike) -> float:
 def average_precision(scores: ArrayLike, labels: ArrayLike) -> float:
     """Precision averaged over the steps in recall, without interpolation, as scikit-learn defines it.
 
-    Arguments and errors as for `roc_curve`. A fraction in 0..1; nan where either class is missing (without good ones any
-    ranking would get 1).
+    Arguments and errors as for `roc_curve`. A fraction in 0..1; nan where either class is missing (without good ones
+    any ranking would get 1).
     """
     return _figure(mean_precision, scores, labels)
 
