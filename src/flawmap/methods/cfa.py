@@ -1,0 +1,350 @@
+"""CFA: Lee, Lee and Song, "CFA: Coupled-hypersphere-based Feature Adaptation", IEEE Access 2022.
+
+A patch descriptor, one 1 x 1 CoordConv, is trained to draw the patches of good images into small hyperspheres around
+the vectors of a fixed memory bank, and out of the spheres next to them; a patch is as abnormal as it is far from the
+bank.
+
+Where this differs from the paper, and the setting that takes the difference back (`--preset paper` takes back all):
+
+- Patches are whitened before the descriptor, which starts as the identity; the paper puts a random projection on raw
+  features (`whiten=false`). Eq. 5 holds exp(-distance): on raw features, where distances are around ten, its certainty
+  drowns the distance; whitened patches have length one on average.
+- The bank is the K-means centres of patches of all images (`bank=mean` for the authors' code: the mean patch of each
+  position; `bank=ema` for Algorithm 1). Where images are not aligned the position means are all alike, and drawing
+  patches to them draws all patches together.
+- The radius is a quantile of the good patches' distances before training, and fixed. The paper sets r = 1e-5
+  (`radius=1e-5`), so all patches are drawn in and none pushed away; in the authors' code that r is trained
+  (`r_mode=trainable`), and grows.
+- The grid has one patch for 8 input pixels (`stride=4`), a step sees some of an image's patches (`positions=0`: all),
+  and there are fewer epochs and smaller steps (`epochs`, `learning_rate`), so that two cores are enough.
+
+Where the paper and the authors' code part, this follows the code: distances in the loss are squared (`distance=plain`),
+maps are averaged over 3 x 3 neighbours (`pool=1`), losses are divided by `nu`. Their maps are leaky ReLUs of each
+level's sum; those of timm's networks have passed a plain ReLU, and there is no setting for it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from flawmap.backbones import Backbone, levels_at
+from flawmap.methods.contract import Collect, Config, Method, Optimise, Stage
+from flawmap.methods.smoothing import Enlarge, on_grid, within
+from flawmap.neighbours import k_means, k_nearest, nearest, search_index
+
+_PER_CENTRE, _MOST = 100, 100_000  # patches that K-means sees: of each centre, and in all
+_RADIUS_SAMPLE = 4096
+_RIDGE = 0.1  # of the mean variance: directions that good parts hardly use must not drown the others
+_ROWS = 2048  # queries whose products with the bank are held at a time
+
+
+class CFAConfig(Config):
+    """Settings of CFA."""
+
+    levels: tuple[str, ...] | None = Field(None, description="backbone levels; those at 1/4, 1/8 and 1/16 if unset")
+    stride: int = Field(4, ge=1, description="input pixels between patches, or those of the finest level if more")
+    pool: int = Field(3, ge=1, description="side of the neighbourhood that is averaged, odd")
+    whiten: bool = Field(True, description="whitened patches and a descriptor that starts as the identity")
+    coordinates: bool = Field(True, description="CoordConv: the descriptor also reads row and column")
+    gamma_d: float = Field(0.5, gt=0, le=1, description="channels after the descriptor over those before it")
+    bank: Literal["kmeans", "mean", "ema"] = Field("kmeans", description="how the memory bank is made")
+    gamma_c: float = Field(0.2, gt=0, le=1, description="vectors of the bank over positions of the grid")
+    beta: float = Field(0.0, ge=0, le=1, description="rate of Algorithm 1's moving average; 0: a running mean")
+    attraction: bool = Field(True, description="the loss of Eq. 1")
+    repulsion: bool = Field(True, description="the loss of Eq. 2")
+    k: int = Field(3, ge=1, description="K, nearest vectors that attract (Eq. 1) and that score (Eq. 5)")
+    j: int = Field(3, ge=1, description="J, next nearest vectors that repel (Eq. 2)")
+    radius: float = Field(0.0, ge=0, description="r; 0: the quantile of the good patches' distances")
+    radius_quantile: float = Field(0.8, ge=0, le=1, description="share of those distances within the radius")
+    r_mode: Literal["fixed", "trainable"] = Field("fixed", description="whether r is trained with the descriptor")
+    alpha: float = Field(0.0, ge=0, description="margin of the repulsion")
+    nu: float = Field(1e-3, gt=0, description="both losses are divided by it")
+    distance: Literal["squared", "plain"] = Field("squared", description="the distance of Eqs. 1 and 2")
+    scoring: Literal["naive", "certainty"] = Field("naive", description="Eq. 4, or Eq. 5")
+    image_score: Literal["patch", "map"] = Field("patch", description="largest value before, or after smoothing")
+    epochs: int = Field(10, ge=0, description="passes over the training images")
+    max_steps: int = Field(400, ge=0, description="fewer passes where they would take more steps; 0: no limit")
+    positions: int = Field(256, ge=0, description="patches of each image that a step sees; 0: all")
+    batch_size: int = Field(4, ge=1, description="images in a step")
+    learning_rate: float = Field(3e-4, gt=0, description="of AdamW with amsgrad")
+    weight_decay: float = Field(5e-4, ge=0, description="of AdamW")
+    sigma: float = Field(4.0, ge=0, description="Gaussian smoothing of the map, in input pixels")
+
+
+class CFA(Method):
+    """See the module's docstring."""
+
+    Config = CFAConfig
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "paper": {
+            "whiten": False,
+            "bank": "mean",
+            "gamma_c": 1.0,
+            "gamma_d": 1.0,
+            "scoring": "certainty",
+            "image_score": "map",
+            "radius": 1e-5,
+            "r_mode": "trainable",
+            "alpha": 0.1,
+            "epochs": 30,
+            "max_steps": 0,
+            "positions": 0,
+            "learning_rate": 1e-3,
+        },
+    }
+    optimises: ClassVar[bool] = True
+    config: CFAConfig
+
+    def __init__(self, config: CFAConfig, backbone: Backbone, size: tuple[int, int]) -> None:
+        super().__init__(config, backbone, size)
+        finest = max(config.stride, min(backbone.reductions))
+        self.grid = (round(size[0] / finest), round(size[1] / finest))
+        width = sum(backbone.channels)  # D
+        adapted = max(1, int(config.gamma_d * width))  # D'
+        self.vectors = max(1, int(config.gamma_c * self.grid[0] * self.grid[1]))
+        self.descriptor = nn.Linear(width + 2 * config.coordinates, adapted)  # a 1 x 1 convolution, channels last
+        self.radius = nn.Parameter(torch.zeros(()), requires_grad=config.r_mode == "trainable")
+        self.register_buffer("shift", torch.zeros(width))
+        self.register_buffer("rotation", torch.zeros(width, width) if config.whiten else None)
+        self.register_buffer("index", torch.zeros(0, adapted + 1))
+        self.register_buffer("coordinates", coordinates(*self.grid), persistent=False)
+        self.shift: Tensor
+        self.rotation: Tensor | None
+        self.index: Tensor
+        self.coordinates: Tensor
+        self.resize = Enlarge(self.grid, size, config.sigma)
+
+    @classmethod
+    def resolved(cls, config: CFAConfig, backbone: str) -> CFAConfig:
+        return config if config.levels else config.model_copy(update={"levels": levels_at(backbone, (4, 8, 16))})
+
+    @classmethod
+    def levels(cls, config: CFAConfig) -> tuple[str, ...]:
+        return config.levels or ()
+
+    def patches(self, features: list[Tensor]) -> Tensor:
+        """-> (B, h*w, D): all levels, averaged over the neighbourhood, on one grid."""
+        side = self.config.pool
+        maps = [F.avg_pool2d(level, side, 1, side // 2) if side > 1 else level for level in features]
+        maps = [
+            level
+            if level.shape[-2:] == self.grid
+            else F.interpolate(level, size=self.grid, mode="bilinear", align_corners=False)
+            for level in maps
+        ]
+        return torch.cat(maps, 1).flatten(2).transpose(1, 2)
+
+    def inputs(self, patches: Tensor, places: Tensor) -> Tensor:
+        """Patches (B, N, D) and their coordinates (1 or B, N, 2) -> (B, N, D + 2): what the descriptor reads."""
+        if self.rotation is not None:
+            patches = (patches - self.shift) @ self.rotation
+        if not self.config.coordinates:
+            return patches
+        return torch.cat([patches, places.expand(patches.shape[0], -1, -1)], 2)
+
+    def embed(self, features: list[Tensor]) -> Tensor:
+        """-> (B, h*w, D'): phi(p) of every patch."""
+        embedded: Tensor = self.descriptor(self.inputs(self.patches(features), self.coordinates))
+        return embedded
+
+    def stages(self, images: int) -> Iterator[Stage]:
+        nn.init.zeros_(self.descriptor.bias)
+        if self.config.whiten:
+            self._start()
+            yield self._whitening()
+        else:
+            nn.init.kaiming_normal_(self.descriptor.weight)  # He initialisation
+        yield self._memory(images)
+        epochs = self.config.epochs
+        if self.config.max_steps:
+            epochs = min(epochs, math.ceil(self.config.max_steps / math.ceil(images / self.config.batch_size)))
+        if epochs:
+            trainable = [*self.descriptor.parameters(), self.radius]
+            yield Optimise(
+                "patch descriptor",
+                self.loss,
+                [parameter for parameter in trainable if parameter.requires_grad],
+                epochs,
+                self.config.batch_size,
+                lambda parameters: torch.optim.AdamW(
+                    parameters, self.config.learning_rate, weight_decay=self.config.weight_decay, amsgrad=True
+                ),
+                after_epoch=lambda: f"r = {float(self.radius.detach()):.4g}",
+            )
+
+    @torch.no_grad()
+    def _start(self) -> None:
+        """The descriptor passes on the first principal components, and the coordinates where it reads them."""
+        weight = nn.init.eye_(self.descriptor.weight)
+        if self.config.coordinates:
+            weight[-2:] = 0
+            weight[-2:, -2:] = torch.eye(2)[-len(weight) :]
+
+    def _whitening(self) -> Collect:
+        """Patches turned onto their principal axes, and scaled so that their mean square length is one."""
+        width = len(self.shift)
+        first, second = torch.zeros(width, dtype=torch.float64), torch.zeros(width, width, dtype=torch.float64)
+        count = 0
+
+        def update(features: list[Tensor], inside: Tensor | None) -> None:
+            nonlocal count
+            patches = torch.cat(self._scored(self.patches(features), inside))  # (N, D)
+            if not count:
+                self.shift.copy_(patches.mean(0))  # keeps the sums small, so that their difference keeps its digits
+            patches = patches - self.shift
+            first.add_(patches.sum(0).cpu())
+            second.add_((patches.T @ patches).cpu())
+            count += len(patches)
+
+        def close(progress: Callable[[int, int], None]) -> None:
+            mean = first / count
+            variances, axes = torch.linalg.eigh(second / count - mean[:, None] * mean)
+            variances, axes = variances.flip(0).clamp_min(0), axes.flip(1)  # largest first: gamma_d keeps those
+            scale = (variances + _RIDGE * variances.mean() + 1e-12).rsqrt() / math.sqrt(width)
+            assert self.rotation is not None
+            self.shift.add_(mean.to(self.shift))
+            self.rotation.copy_(axes * scale)
+            progress(1, 1)
+
+        return Collect("whitening", update, close, peak_bytes=4 * 8 * width * width)
+
+    def _memory(self, images: int) -> Collect:
+        """The memory bank, in the space of the untrained descriptor, and the radius where the data give it."""
+        positions, width = self.grid[0] * self.grid[1], self.index.shape[1]
+        wanted = _RADIUS_SAMPLE
+        if self.config.bank == "kmeans":
+            wanted = max(self.vectors, min(_PER_CENTRE * self.vectors, _MOST))
+        per_image = min(positions, math.ceil(wanted / images))
+        sample: list[Tensor] = []
+        centres = torch.zeros(0)  # (M, D') of ema
+        sums = torch.zeros(positions, width, dtype=torch.float64)  # of each position, and how many, of mean
+        seen = 0
+
+        def update(features: list[Tensor], inside: Tensor | None) -> None:
+            nonlocal centres, seen
+            embedded = self.embed(features)  # (B, T, D')
+            if self.config.bank == "mean":
+                weights = self._weights(inside, embedded)[..., None]  # (B, T, 1)
+                sums.add_(torch.cat([embedded * weights, weights], 2).double().sum(0).cpu())
+            for patches in self._scored(embedded, inside):
+                if len(sample) * per_image < wanted:
+                    sample.append(patches[torch.randperm(len(patches))[:per_image]])
+                if self.config.bank == "ema":
+                    beta = self.config.beta or 1 / (seen + 1)
+                    centres = moving_average(centres, patches, beta) if seen else self._clustered(patches)
+                    seen += 1
+
+        def close(progress: Callable[[int, int], None]) -> None:
+            patches = torch.cat(sample)
+            if self.config.bank == "kmeans":
+                bank = self._clustered(patches, progress)
+            elif self.config.bank == "mean":
+                known = sums[sums[:, -1] > 0]
+                bank = self._clustered((known[:, :-1] / known[:, -1:]).to(patches), progress)
+            else:
+                bank = centres
+            self.index = search_index(bank)
+            if self.config.radius:
+                self.radius.fill_(self.config.radius)
+            else:
+                some = patches[torch.randperm(len(patches))[:_RADIUS_SAMPLE]]
+                distances = self._distances(some, min(self.config.k, len(bank)))
+                self.radius.copy_(distances.flatten().quantile(self.config.radius_quantile).sqrt())
+
+        peak = 2 * per_image * images + 2 * self.vectors + 2 * positions
+        return Collect("memory bank", update, close, peak_bytes=4 * width * peak)
+
+    def _weights(self, inside: Tensor | None, embedded: Tensor) -> Tensor:
+        """(B, T): one for the positions that are scored, zero for the others."""
+        if inside is None:
+            return torch.ones_like(embedded[..., 0])
+        return on_grid(inside, self.grid).flatten(1)
+
+    def _scored(self, patches: Tensor, inside: Tensor | None) -> list[Tensor]:
+        """(B, T, C) -> the patches (N, C) of each image that are scored."""
+        weights = self._weights(inside, patches)
+        return [some[weight > 0] for some, weight in zip(patches, weights, strict=True)]
+
+    def _clustered(self, patches: Tensor, progress: Callable[[int, int], None] | None = None) -> Tensor:
+        """K-means centres of patches (N, D'); the patches themselves where the bank holds as many."""
+        generator = torch.Generator().manual_seed(torch.initial_seed())
+        return k_means(patches, self.vectors, generator=generator, progress=progress)
+
+    def _distances(self, embedded: Tensor, count: int) -> Tensor:
+        """(N, D') -> (N, count): D, to the nearest vectors of the bank, as the loss measures them."""
+        with torch.no_grad():
+            rows = F.pad(embedded, (0, 1), value=1.0)
+            indices = torch.cat([(part @ self.index.T).topk(count, dim=1).indices for part in rows.split(_ROWS)])
+        squared = (embedded[:, None] - self.index[indices, :-1]).square().sum(2)
+        # The root has no slope at zero, where a patch is a vector of the bank.
+        return squared if self.config.distance == "squared" else squared.clamp_min(1e-12).sqrt()
+
+    def loss(self, features: list[Tensor], inside: Tensor | None) -> Tensor:
+        """Eq. 3 over a batch of maps."""
+        config = self.config
+        patches, places = self.patches(features), self.coordinates  # (B, T, D), (1, T, 2)
+        weights = self._weights(inside, patches)  # (B, T)
+        if config.positions:
+            # The largest of random numbers on the scored positions: a choice of them without repetition.
+            drawn = torch.rand(weights.shape).to(weights) + weights
+            chosen = drawn.topk(min(config.positions, patches.shape[1]), dim=1).indices  # (B, N)
+            patches = patches.gather(1, chosen[..., None].expand(-1, -1, patches.shape[2]))
+            places, weights = places[0, chosen], weights.gather(1, chosen)
+        k = min(config.k, len(self.index))
+        j = min(config.j, len(self.index) - k)
+        distances = self._distances(self.descriptor(self.inputs(patches, places)).flatten(0, 1), k + j)  # (B*N, K + J)
+        weights, square = weights.flatten()[:, None], self.radius.square()
+        count = weights.sum()
+        loss = 0 * distances.sum()
+        if config.attraction:
+            loss = loss + (weights * (distances[:, :k] - square).clamp_min(0)).sum() / (k * count)  # Eq. 1
+        if config.repulsion and j:
+            outside = (square - distances[:, k:] - config.alpha).clamp_min(0)
+            loss = loss + (weights * outside).sum() / (j * count)  # Eq. 2
+        return loss / config.nu
+
+    def score(self, features: list[Tensor], inside: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        embedded = self.embed(features).flatten(0, 1)  # (B*h*w, D')
+        if self.config.scoring == "naive":
+            scores = nearest(embedded, self.index)[0]  # Eq. 4
+        else:
+            # An exported graph takes any number of rows, which a loop over parts does not.
+            parts = [embedded] if torch.onnx.is_in_onnx_export() else embedded.split(_ROWS)
+            distances = torch.cat([k_nearest(part, self.index, self.config.k)[0] for part in parts])  # (B*h*w, K)
+            scores = (-distances).softmax(1)[:, 0] * distances[:, 0]  # Eq. 5
+        anomaly_map = scores.view(-1, 1, *self.grid)
+        if self.config.image_score == "map":
+            return anomaly_map, self.enlarge(anomaly_map, inside).amax((1, 2, 3))
+        scored = None if inside is None else on_grid(inside, self.grid)
+        return anomaly_map, within(anomaly_map, scored).amax((1, 2, 3))
+
+    def enlarge(self, anomaly_map: Tensor, inside: Tensor | None = None) -> Tensor:
+        enlarged: Tensor = self.resize(anomaly_map, inside)
+        return enlarged
+
+
+def coordinates(height: int, width: int) -> Tensor:
+    """(1, h*w, 2): row and column of each position, from -1 to 1 (CoordConv, Liu et al. 2018)."""
+    rows, columns = torch.linspace(-1, 1, height), torch.linspace(-1, 1, width)
+    return torch.stack(torch.meshgrid(rows, columns, indexing="ij"), 2).view(1, -1, 2)
+
+
+def moving_average(bank: Tensor, patches: Tensor, beta: float) -> Tensor:
+    """One step of Algorithm 1: each vector of the bank (M, D'), in turn, moves to its nearest unused patch (T, D').
+
+    Where a region of interest leaves fewer patches than vectors, the last vectors stay.
+    """
+    distances = torch.cdist(bank, patches)
+    chosen = []
+    for row in distances[: len(patches)]:
+        chosen.append(int(row.argmin()))
+        distances[:, chosen[-1]] = torch.inf
+    moved = (1 - beta) * bank[: len(chosen)] + beta * patches[chosen]
+    return torch.cat([moved, bank[len(chosen) :]])
