@@ -116,7 +116,9 @@ def test_16_bit_parts(drawn, tmp_path):
     eight = np.asarray(Image.open(grey_folder / "000.png"))
     assert detector.preparation_.preprocessing.white == 65535
     step = 1 / 255 / 0.5  # the weights expect a standard deviation of 0.5
-    np.testing.assert_allclose(detector.preparation_.preprocessing(array), usual.preparation_.preprocessing(eight), atol=step)
+    np.testing.assert_allclose(
+        detector.preparation_.preprocessing(array), usual.preparation_.preprocessing(eight), atol=step
+    )
 
 
 def test_a_folder_is_inspected_in_the_order_of_its_names(detector, drawn, tmp_path):

@@ -13,7 +13,9 @@ def inspection():
     heat[5:15, 10:30] = 5
     heat[30:40, 50:60] = 9
     heat[15, 30] = 5  # touches the first by a corner alone
-    return Inspection(None, "defect", 9.0, 0.01, 4.0, 4.0, (40, 60), maps=heat[None], placement=Geometry().place((40, 60), (40, 60)))
+    return Inspection(
+        None, "defect", 9.0, 0.01, 4.0, 4.0, (40, 60), maps=heat[None], placement=Geometry().place((40, 60), (40, 60))
+    )
 
 
 def test_regions_are_8_connected_and_the_hottest_comes_first(inspection):

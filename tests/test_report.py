@@ -342,7 +342,17 @@ def test_pictures_are_small_and_the_truth_is_outlined(out):
     heat[24:, 24:] = 4
     mask = np.zeros((600, 1200), bool)
     mask[100:102, 200:600] = True  # a hairline, thinner than a pixel of the small picture
-    inspection = Inspection(None, "defect", 4.0, 0.01, 2.0, 2.0, (600, 1200), maps=heat[None], placement=Geometry().place((600, 1200), heat.shape))
+    inspection = Inspection(
+        None,
+        "defect",
+        4.0,
+        0.01,
+        2.0,
+        2.0,
+        (600, 1200),
+        maps=heat[None],
+        placement=Geometry().place((600, 1200), heat.shape),
+    )
     taken = take_picture(pixels, inspection, SCALE, mask)
     assert taken.original.shape == taken.overlay.shape == (180, 360, 3)
     assert taken.mask.shape == (180, 360)

@@ -76,6 +76,8 @@ class Calibration:
             raise ValueError(f"mode must be one of {MODES}, got {self.mode!r}")
         if self.scores.ndim != 1 or len(self.scores) == 0 or not np.isfinite(self.scores).all():
             raise ValueError("calibration needs a one-dimensional array of at least one finite score")
+        if self.peaks.ndim != 1 or len(self.peaks) not in (0, len(self.scores)) or not np.isfinite(self.peaks).all():
+            raise ValueError("calibration needs as many finite peaks as scores, or none")
 
     def p_value(self, score: float) -> float:
         """(1 + #{calibration scores >= score}) / (n + 1), in (0, 1]; small for abnormal images."""

@@ -193,6 +193,19 @@ class CaptureLimits:
         distance = max(_FAR, _FARTHER * float(apart[-1 - skipped]))
         return replace(limits, centre=_tuple(centre), distance=distance, good_distance=float(apart[-1]))
 
+    def joined(self, other: CaptureLimits) -> CaptureLimits:
+        """Limits that let pass what either does: of the same part, learnt from further good images."""
+        apart = float(np.linalg.norm(np.array(self.centre) - np.array(other.centre))) if self.centre else 0.0
+        return CaptureLimits(
+            tuple(map(min, self.low, other.low)),
+            tuple(map(max, self.high, other.high)),
+            tuple(map(min, self.good_low, other.good_low)),
+            tuple(map(max, self.good_high, other.good_high)),
+            self.centre,
+            max(self.distance, apart + other.distance),
+            max(self.good_distance, apart + other.good_distance),
+        )
+
     def reason(self, statistics: ArrayLike, embedding: ArrayLike | None = None) -> str | None:
         """Why a capture cannot be judged, in one line; None where it can.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import shutil
 import time
@@ -197,6 +198,10 @@ class Detector:
             )
         further = calibration_images(self.calibration)
         config = self._method_class.resolved(self.config, self.backbone)
+        if self._method_class.positional and self.geometry.kind == "tile":
+            log.warning(
+                "%s learns each position apart, and all tiles share theirs: --method patchcore fits", self.method
+            )
         backbone = create_backbone(
             self.backbone, self._method_class.levels(config), weights=self.weights, size=self._size, seed=self.seed
         )
@@ -231,7 +236,10 @@ class Detector:
             readable = set(paths)
             images = [i for i, path in enumerate(data.paths) if path in readable]
             if len(images) < 2:
-                raise FlawmapError(f"only {len(images)} of {len(paths)} good training images can be read")
+                raise FlawmapError(
+                    f"only {len(images)} of {len(paths)} good training images in {_name(source)} can be read: "
+                    "at least 2 are needed"
+                )
             alike = data.near_duplicates(images)
             groups = _groups(data.digests, alike)
             self.sizes_ = [(height, width) for height, width in (data.record(i)["size"] for i in images)]
@@ -303,9 +311,7 @@ class Detector:
                 )
             lowest = max(LOWEST_QUALITY, _OF_USUAL * usual)
             self.preparation_ = replace(self.preparation_, lowest_quality=lowest)
-        self.capture_limits_ = CaptureLimits.learn(
-            [record["statistics"] for record in records], [record["embedding"] for record in records]
-        )
+        self.capture_limits_ = _limits(records)
         digests = sorted(data.digests[i] for i in split.fitting)
         self.training_ = {
             "images": len(split.fitting),
@@ -358,6 +364,8 @@ class Detector:
             stages = self.method_.further_stages(len(rows))
             train(self.method_, data, rows, stages, seed=self.seed, progress=progress, announce=announce)
             digests = sorted(data.digests[i] for i in images)
+            records = [data.record(i) for i in images]
+        self.capture_limits_ = self.capture_limits_.joined(_limits(records))
         before = self.calibration_
         scores, peaks = np.append(before.scores, good.scores), np.append(before.peaks, good.peaks)
         self.calibration_ = Calibration(scores, peaks, "crossfit")
@@ -661,10 +669,13 @@ class Detector:
                 np.array(kept["scores"], np.float32), np.array(kept["peaks"], np.float32), kept["mode"]
             )
             detector.training_ = metadata["training"]
-        except (KeyError, TypeError, ValueError, RuntimeError, FlawmapError) as error:
+            detector._set_threshold(detector.calibration_.threshold(detector.max_false_reject, detector.guarantee))
+            json.dumps(detector.settings())  # all that reports need is there
+            if len(detector.capture_limits_.centre) not in (0, sum(backbone.channels[i] for i in backbone.medium)):
+                raise ValueError("the captures' embedding has another length than the backbone's")
+        except Exception as error:  # what a forged header may break is not to be foreseen
             reason = shorten(str(error), 160)  # PyTorch's spreads over lines and names every tensor
             raise FlawmapError(f"{path} does not fit this flawmap ({reason}): train again") from error
-        detector._set_threshold(detector.calibration_.threshold(detector.max_false_reject, detector.guarantee))
         return detector
 
 
@@ -709,6 +720,12 @@ def _pixels(
         return np.where(inside, laid, np.float32(0)), mask, None if inside.all() else inside
     inside = placement.inside()[0]
     return maps[0], None if mask is None else placement.project(mask)[0], None if inside.all() else inside
+
+
+def _limits(records: Sequence[dict[str, Any]]) -> CaptureLimits:
+    return CaptureLimits.learn(
+        [record["statistics"] for record in records], [record["embedding"] for record in records]
+    )
 
 
 def _groups(digests: Sequence[str], alike: Sequence[Sequence[int]]) -> list[int]:
@@ -756,11 +773,17 @@ def _claim(folder: Path, run: dict[str, Any], resume: bool) -> None:
             )
         return
     try:
+        if folder.exists() and any(folder.iterdir()):  # it will be deleted
+            raise FlawmapError(f"{folder} is not empty and was not made by a training: give another workspace")
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FlawmapError(f"{folder}: cannot be made ({error.strerror}); choose another place") from error
-    with replacing(known) as file:
-        file.write(mark.encode())
+    try:
+        with replacing(known) as file:
+            file.write(mark.encode())
+    except FlawmapError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _device(device: str) -> str:

@@ -6,6 +6,9 @@ from __future__ import annotations
 class FlawmapError(Exception):
     """Usage or input that cannot be worked with. The command line prints the message and exits with 2."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(message.replace("\n", "\\n"))  # a file's name may hold one
+
 
 class ImageError(FlawmapError):
     """One image (or mask) that cannot be judged. A run over many images goes on without it."""

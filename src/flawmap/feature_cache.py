@@ -39,12 +39,14 @@ class FeatureCache:
         self.images: dict[str, range] = {}
         self.records: dict[str, Any] = {}
         self._rows = 0
+        self._checked = False  # whether there is room for the rows to come
         self._levels: list[tuple[tuple[int, ...], np.dtype[Any]]] = []  # of one row
         folder.mkdir(parents=True, exist_ok=True)
         known = folder / "identity"
         if known.exists() and known.read_text(encoding="utf-8") == identity:
             self._reopen()
         else:
+            known.unlink(missing_ok=True)  # first: a kill must not leave it beside files that are half gone
             for path in (folder / "index", folder / "layout", *folder.glob("level*")):
                 path.unlink(missing_ok=True)
             with replacing(known) as file:
@@ -87,14 +89,18 @@ class FeatureCache:
             FlawmapError: `expected_rows` rows in all do not fit on the disk, or a value is too large to be kept.
             OSError: the disk is full.
         """
-        if not self._levels:
+        started = bool(self._levels)
+        if not started:
             self._levels = [(level.shape[1:], self._kind(level)) for level in maps]
+        if not self._checked:
+            self._checked = True
             needed, free = expected_rows * self.row_bytes, shutil.disk_usage(self.folder).free
             if needed > free:
                 raise FlawmapError(
                     f"the features take {needed / 1e6:.0f} MB but {self.folder} has {free / 1e6:.0f} MB left: "
                     "free some space, or train on fewer images or at a smaller --image-size"
                 )
+        if not started:
             with replacing(self.folder / "layout") as file:
                 file.write(json.dumps([(shape, kind.name) for shape, kind in self._levels]).encode())
         for i, (level, (_, kind)) in enumerate(zip(maps, self._levels, strict=True)):

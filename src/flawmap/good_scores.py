@@ -14,7 +14,7 @@ from torch import Tensor
 from flawmap.errors import FlawmapError
 from flawmap.images import find_images
 from flawmap.methods import Method
-from flawmap.training import Progress, TrainingData, batches, folds
+from flawmap.training import COLLECTED, Progress, TrainingData, batches, folds
 
 # Leaving out a third of many images changes a bank as little as leaving out a fifth of few.
 _FOLDS, _FOLDS_OF_MANY, _MANY = 5, 3, 150
@@ -117,7 +117,7 @@ def good_scores(
     def score(by: Callable[[list[Tensor], Tensor | None], tuple[Tensor, Tensor] | None], images: Sequence[int]) -> None:
         owners = [i for i in images for _ in data.rows([i])]
         best: dict[int, tuple[float, float]] = {}
-        for part, of in zip(batches(data.rows(images)), batches(owners), strict=True):
+        for part, of in zip(batches(data.rows(images), COLLECTED), batches(owners, COLLECTED), strict=True):
             features, inside = load(data, part, device)
             with torch.inference_mode():
                 scored = by(features, inside)
@@ -134,10 +134,10 @@ def good_scores(
     digests = [data.digests[i] for i in images]
     total = len(set(digests))
     if split.mode != "crossfit":
-        for some in batches(images):
+        for some in batches(images, COLLECTED):
             score(method.score, some)
     elif _has_closed_form(method, data, images, device):
-        for some in batches(images):
+        for some in batches(images, COLLECTED):
             score(method.leave_one_out, some)
     else:
         parts = folds([split.groups[i] for i in images], _FOLDS if len(images) < _MANY else _FOLDS_OF_MANY, seed)

@@ -368,12 +368,20 @@ def _opened(path: Path) -> Iterator[ImageFile]:
         raise ImageError(f"{path}: does not exist; check the path") from error
     except PermissionError as error:
         raise ImageError(f"{path}: may not be read (permission denied); change its permissions") from error
+    except OSError as error:
+        if error.errno is None:  # Pillow's own
+            raise _undecodable(path, error) from error
+        raise ImageError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
     except Exception as error:  # damaged data makes Pillow's readers raise nearly every type there is
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ImageError(
-            f"{path}: cannot be decoded, damaged or of an unsupported kind ({reason}); "
-            "copy it again or save it as 8- or 16-bit grey or RGB"
-        ) from error
+        raise _undecodable(path, error) from error
+
+
+def _undecodable(path: Path, error: Exception) -> ImageError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return ImageError(
+        f"{path}: cannot be decoded, damaged or of an unsupported kind ({reason}); "
+        "copy it again or save it as 8- or 16-bit grey or RGB"
+    )
 
 
 def _is_deep(image: Image.Image) -> bool:

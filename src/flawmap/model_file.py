@@ -62,7 +62,11 @@ def read_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise FlawmapError(f"{path} is not a flawmap model: train one with `flawmap train`") from error
     if version != FORMAT:
         raise FlawmapError(f"{path} has format {version}, this flawmap reads {FORMAT}: upgrade flawmap, or train again")
-    if digest != _digest(tensors, content):
+    try:
+        whole = digest == _digest(tensors, content)
+    except ValueError:  # a number that is not finite, which is never written
+        whole = False
+    if not whole:
         raise FlawmapError(f"{path} was changed after training (its digest differs): copy it again, or train again")
     return tensors, content
 

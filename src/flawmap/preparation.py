@@ -139,4 +139,7 @@ def read_region(path: Path) -> NDArray[np.bool_]:
 
 def read_template(path: Path) -> Template:
     """The template that images are aligned to."""
-    return Template.from_image(as_pixels(read_image(path)))
+    try:
+        return Template.from_image(as_pixels(read_image(path)))
+    except FlawmapError as error:
+        raise error if str(path) in str(error) else FlawmapError(f"--register {path}: {error}") from error

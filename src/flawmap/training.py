@@ -29,6 +29,9 @@ from flawmap.methods import Collect, Method, Optimise, Stage
 from flawmap.preparation import Preparation
 from flawmap.reading import BATCH, Picture, read_batches
 
+COLLECTED = 32
+"""Model inputs whose features are collected or scored at once: PaDiM reads all its Gaussians for each batch."""
+
 Progress = Callable[[str, int, int], None]
 """Called as progress(what, done, total)."""
 
@@ -223,12 +226,14 @@ def train(
         torch.manual_seed(seed)
         for number, stage in enumerate(stages or method.stages(len(rows)), start=1):
             if number > state.stages:
-                state.restore()
+                if state.epochs:
+                    state.restore()
                 with _memory(method, len(rows)):
                     _run(stage, data, rows, device, [seed, number], progress, announce, state)
                 state.save(stages=number)
+            elif number == state.stages and not state.epochs:
+                state.restore()  # before what the method does between its stages
             _reseed(seed, number)  # for what the method draws before its next stage, also where this one was not run
-        state.restore()
     method.eval().requires_grad_(False)
 
 
@@ -273,7 +278,7 @@ def _reseed(*seeds: int) -> None:
 def _collect(stage: Collect, load: Load, rows: Sequence[int], progress: Progress) -> None:
     done = 0
     with torch.no_grad():
-        for part in batches(rows):
+        for part in batches(rows, COLLECTED):
             stage.update(*load(part))
             done += len(part)
             progress(stage.name, done, len(rows))
@@ -335,7 +340,7 @@ class _Checkpoint:
             self._kept = torch.load(path, weights_only=True)
             self.stages, self.epochs = self._kept["stages"], self._kept["epochs"]
         except Exception as error:  # torch raises several kinds for files that are damaged
-            raise FlawmapError(f"the checkpoint {path} is damaged: delete its folder and train again") from error
+            raise FlawmapError(f"the checkpoint {path} is damaged: train again without --resume") from error
 
     def restore(self) -> None:
         """Puts the kept state into the method, once."""

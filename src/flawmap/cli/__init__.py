@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import io
+import os
 import sys
 
 import click
@@ -47,6 +49,9 @@ def flawmap() -> None:
 
 def main() -> None:
     """Exit codes: 0 done, 2 nothing could be done, 3 some images could not be judged, 4 defects, 130 interrupted."""
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show must not end a run
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = flawmap.main(standalone_mode=False, prog_name="flawmap")
     except click.ClickException as error:
@@ -62,4 +67,11 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()
         code = 0
+    except OSError as error:
+        if error.filename is not None:
+            click.echo(f"flawmap: {error.filename}: cannot be used ({error.strerror}); check the path", err=True)
+        else:
+            click.echo(f"flawmap: the output cannot be written ({error.strerror}); free some space", err=True)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes once more as it ends
+        code = 2
     sys.exit(code)

@@ -54,6 +54,8 @@ def evaluate_command(
         check_output(Path(str(json_file)))
     if html is not None:
         check_output(html)
+        if json_file is not None and html == Path(json_file):
+            raise click.BadParameter(f"{html} is also given with --json", param_hint="--html")
     from flawmap.datasets import find_dataset
 
     dataset = find_dataset(data, category)

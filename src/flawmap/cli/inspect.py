@@ -66,6 +66,12 @@ def inspect_command(
         if source.is_dir() and not below:
             raise FlawmapError(f"{source} holds no images: give a folder or files of JPEG, PNG, BMP, TIFF or WebP")
         found += below or [(source, Path(source.name))]
+    taken: dict[Path, Path] = {}
+    for path, name in found:
+        if output is not None and taken.setdefault(name, path) != path:
+            raise FlawmapError(
+                f"{taken[name]} and {path} would get the same heatmap {name}: inspect them one after the other"
+            )
     if not any(path.exists() for path, _ in found):
         raise FlawmapError(f"{found[0][0]} does not exist: check the path")
 

@@ -106,6 +106,8 @@ def train_command(
     html = html or output.with_suffix(".html")
     for target in (output, html):
         check_output(target)
+    if html == output:
+        raise click.BadParameter(f"{html} is the model's name too", param_hint="--html")
     if drop_atypical < 0:
         raise click.BadParameter(f"{drop_atypical} is negative", param_hint="--drop-atypical")
     chosen: dict[str, Any] = {**parse_settings(settings), **({} if epochs is None else {"epochs": epochs})}

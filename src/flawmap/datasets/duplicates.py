@@ -134,13 +134,11 @@ def in_train_and_test(dataset: Dataset) -> list[tuple[Path, Path]]:
             kept.append((sample, fingerprint(read_image(sample.path))))
     if not dataset.test or not kept:
         return []
-    found: dict[Path, Path] = {}
-    for i, j in duplicate_pairs(np.array([picture for _, picture in kept])):
-        one, other = kept[i][0], kept[j][0]
-        if one.split != other.split:
-            train, test = (one, other) if one.split == "train" else (other, one)
-            found.setdefault(test.path, train.path)
-    return [(train, test) for test, train in found.items()]
+    found: list[tuple[Path, Path]] = []
+    for group in duplicate_groups(duplicate_pairs(np.array([picture for _, picture in kept])), len(kept)):
+        train = [kept[i][0].path for i in group if kept[i][0].split == "train"]
+        found += [(train[0], kept[i][0].path) for i in group if train and kept[i][0].split == "test"]
+    return found
 
 
 def _shrink(plane: NDArray[Any]) -> NDArray[np.float32]:

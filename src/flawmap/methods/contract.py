@@ -21,7 +21,7 @@ Inputs = Literal["features", "images"]
 class Config(BaseModel):
     """A method's settings. Every field can be set by `--set key=value`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,7 @@ class Method(nn.Module):
         Config: the settings' type.
         presets: named settings; "paper" is the printed set-up.
         localises: False for methods that score images only; they have no map.
+        positional: True where each position of the input is learnt apart, so that parts have to be aligned.
         updates: True where `further_stages` can add images to a trained method.
         optimises: True where stages train by gradient; such methods hold out good images for calibration, the others
             cross-fit.
@@ -93,6 +94,7 @@ class Method(nn.Module):
     localises: ClassVar[bool] = True
     optimises: ClassVar[bool] = False
     updates: ClassVar[bool] = False
+    positional: ClassVar[bool] = False
 
     def __init__(self, config: Any, backbone: Backbone, size: tuple[int, int]) -> None:
         """`size` is the input size (height, width); `backbone` reads `levels(config)`."""
@@ -167,5 +169,5 @@ class Method(nn.Module):
                 module = self.get_submodule(owner)
                 if buffer.numel() != 0 or buffer.shape[1:] != state[name].shape[1:]:
                     raise RuntimeError(f"{name} has shape {tuple(state[name].shape)}, expected {tuple(buffer.shape)}")
-                module.register_buffer(key, torch.empty_like(state[name]))
+                module.register_buffer(key, torch.empty_like(state[name], dtype=buffer.dtype))
         self.load_state_dict(state)

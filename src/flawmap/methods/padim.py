@@ -40,7 +40,7 @@ class PaDiMConfig(Config):
     reduction: Literal["random", "orthogonal"] = Field("random", description="how channels are reduced")
     covariance: Literal["full", "diagonal"] = Field("full", description="shape of each position's Gaussian")
     epsilon: float = Field(0.01, gt=0, description="regularisation of the covariance (Eq. 1)")
-    sigma: float = Field(4.0, ge=0, description="Gaussian smoothing of the map, in input pixels")
+    sigma: float = Field(4.0, ge=0, le=1000, description="Gaussian smoothing of the map, in input pixels")
 
 
 class PaDiM(Method):
@@ -49,6 +49,7 @@ class PaDiM(Method):
     Config = PaDiMConfig
     presets: ClassVar[dict[str, dict[str, Any]]] = {"paper": {}}
     updates = True
+    positional = True
     config: PaDiMConfig
 
     def __init__(self, config: PaDiMConfig, backbone: Backbone, size: tuple[int, int]) -> None:
@@ -124,9 +125,13 @@ class PaDiM(Method):
 
         def update(features: list[Tensor], inside: Tensor | None) -> None:
             x = self.embed(features)  # (P, B, C)
+            scored = None if inside is None else on_grid(inside, self.grid).flatten(1).T[..., None]  # (P, B, 1)
+            if scored is not None:
+                x *= scored
             if not sums:
                 # (P, C): keeps the sums small, so that their difference keeps its digits.
-                sums["shift"] = self.mean.clone() if known else x.mean(1)
+                count = x.shape[1] if scored is None else scored.sum(1).clamp_min(1)
+                sums["shift"] = self.mean.clone() if known else x.sum(1) / count
                 sums["first"] = torch.zeros(positions, width, dtype=torch.float64, device=x.device)
                 second.extend(
                     [torch.zeros(p.stop - p.start, *s, dtype=torch.float64, device=x.device) for s in shapes]
@@ -135,12 +140,11 @@ class PaDiM(Method):
                 if known:
                     self._resume_sums(parts, second)
             x -= sums["shift"][:, None]
-            if inside is None:
+            if scored is None:
                 self.images += x.shape[1]
             else:
-                scored = on_grid(inside, self.grid).flatten(1).T  # (P, B)
-                x *= scored[..., None]
-                self.images += scored.sum(1)
+                x *= scored
+                self.images += scored.sum((1, 2))
             sums["first"] += x.sum(1)
             for part, totals in zip(parts, second, strict=True):
                 chunks = (tensor.split(_AT_ONCE) for tensor in (x[part], *totals))

@@ -54,7 +54,7 @@ class PatchCoreConfig(Config):
     max_candidates: int = Field(1_000_000, ge=1, description="most patches that the coreset chooses from")
     reweight: bool = Field(False, description="the paper's reweighting of the image score (Eq. 7)")
     neighbours: int = Field(9, ge=2, description="b of Eq. 7")
-    sigma: float = Field(4.0, ge=0, description="Gaussian smoothing of the map, in input pixels")
+    sigma: float = Field(4.0, ge=0, le=1000, description="Gaussian smoothing of the map, in input pixels")
 
 
 class MemoryBank(nn.Module):

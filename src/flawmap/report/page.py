@@ -557,9 +557,7 @@ def _legend(scale: HeatScale | None, pixel_threshold: float | None) -> _Legend |
         return None
     width, height = 512, 8
     ramp = np.tile(np.linspace(scale.low, scale.high, width, dtype=np.float32), (height, 1))
-    drawn = overlay(
-        np.full((height, width), 150, np.uint8), _mapped(ramp), scale
-    )
+    drawn = overlay(np.full((height, width), 150, np.uint8), _mapped(ramp), scale)
     position = 0.5 if pixel_threshold is None else float(scale.heat(np.array([pixel_threshold], np.float32))[0])
     strip = _uri(Image.fromarray(drawn))
     return _Legend(strip, scale.low, pixel_threshold, scale.high, position, f"rgb{CONTOUR}", f"rgb{_TRUTH}")
