@@ -1,9 +1,10 @@
-"""Figures of each method's defaults on the development set and on sets that no default was chosen on.
+"""Figures of each method's defaults on every set.
 
-    python benchmarks/quality.py [--shared ../shared/data] [--methods padim,patchcore] [--seed 0]
+    python benchmarks/quality.py [--shared ../shared/data] [--methods padim,patchcore,cfa] [--sets mtd200] [--seeds 0]
 
 mtd200: every third of the sorted magnetic tiles, 200 of them, at 224 px (the development set). The others at 256 px:
-cookie from the shared folder, and the three drawn sets. Prints one Markdown row for each.
+cookie from the shared folder, and the three drawn sets. Prints one Markdown row for each: with
+several seeds, the means.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from pathlib import Path
+from statistics import mean
 
 from flawmap import Detector, find_dataset
 from flawmap.datasets.drawn import draw_dataset
@@ -21,8 +23,9 @@ FIGURES = ("image_auroc", "pixel_auroc", "pixel_ap", "aupro", "escape_rate", "ov
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shared", type=Path, default=Path(__file__).parents[2] / "shared" / "data")
-    parser.add_argument("--methods", default="padim,patchcore")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--methods", default="padim,patchcore,cfa")
+    parser.add_argument("--sets", default="mtd200,cookie,boards,fabric,screws")
+    parser.add_argument("--seeds", default="0")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         sets: dict[str, tuple[Path, int]] = {}
@@ -31,17 +34,25 @@ def main() -> None:
         else:
             print(f"{options.shared} is missing: the drawn sets only")
         for kind in ("boards", "fabric", "screws"):
-            draw_dataset(Path(folder, kind), kind, options.seed)
+            draw_dataset(Path(folder, kind), kind, 0)
             sets[kind] = (Path(folder, kind), 256)
         print(f"| set | method | {' | '.join(FIGURES)} |\n|---|---|{'---|' * len(FIGURES)}")
-        for name, (root, size) in sets.items():
+        for name in options.sets.split(","):
+            if name not in sets:
+                continue
+            root, size = sets[name]
             paths = [sample.path for sample in find_dataset(root).train]
             if name == "mtd200":
                 paths = sorted(paths)[::3][:200]
             for method in options.methods.split(","):
-                detector = Detector(method, image_size=size, seed=options.seed).fit(paths)
-                report = detector.evaluate(root)
-                values = " | ".join("-" if (v := report.figures[f]) is None else f"{v:.3f}" for f in FIGURES)
+                reports = []
+                for seed in map(int, options.seeds.split(",")):
+                    detector = Detector(method, image_size=size, seed=seed).fit(paths)
+                    reports.append(detector.evaluate(root))
+                found = [[report.figures[figure] for report in reports] for figure in FIGURES]
+                values = " | ".join(
+                    "-" if None in row else f"{mean(v for v in row if v is not None):.3f}" for row in found
+                )
                 print(f"| {name} | {method} | {values} |", flush=True)
 
 

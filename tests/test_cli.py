@@ -238,6 +238,8 @@ def start_training(drawn, output, temporary):
         [sys.executable, "-m", "flawmap", "train", drawn, "-o", output, "--image-size", "512", "--set", "coreset=1",
          "--set", "stride=4"],
         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env={**os.environ, "TMPDIR": str(temporary)},
+        # A shell's background jobs, such as the tests may be, pass on that they ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     for line in process.stderr:
         if line.startswith("features ..."):
