@@ -120,7 +120,7 @@ def test_repulsion_has_neither_value_nor_slope_at_the_papers_radius_and_both_at_
         method, optimise = collect(trunk, features, attraction=False, radius=radius, alpha=0.1)
         loss = optimise.loss(features, None)
         loss.backward()
-        assert (float(loss) > 0) is alive
+        assert (loss.item() > 0) is alive
         assert bool(method.descriptor.weight.grad.abs().sum() > 0) is alive
 
 

@@ -83,13 +83,16 @@ def capture_statistics(pixels: ArrayLike, white: int = 65535) -> NDArray[np.floa
     top = 255 if array.dtype == np.uint8 else white if array.dtype == np.uint16 else 1
     height, width = array.shape[:2]
     grid = array[:: -(-height // 256), :: -(-width // 256)]
-    brightest = grid if grid.ndim == 2 else grid.max(2)
+    # Plane by plane: over a last axis of three, NumPy's maximum and mean take ten times as long.
+    brightest = grid if grid.ndim == 2 else np.maximum(np.maximum(grid[..., 0], grid[..., 1]), grid[..., 2])
     reduced = np.minimum(_reduce(array) / top, 1)
-    grey = reduced if reduced.ndim == 2 else reduced.mean(2)
-    red, green, blue = np.broadcast_to(reduced.T, (3, *grey.T.shape)).mean((1, 2)).tolist()
+    planes = [reduced] if reduced.ndim == 2 else [reduced[..., channel] for channel in range(3)]
+    grey = planes[0] if len(planes) == 1 else (planes[0] + planes[1] + planes[2]) / 3
+    red, green, blue = [float(plane.mean()) for plane in planes] * (3 // len(planes))
     fine = _gradient_energy(grey)
     rows, columns = grey.shape[0] // 2, grey.shape[1] // 2
-    half = grey[: 2 * rows, : 2 * columns].reshape(rows, 2, columns, 2).mean((1, 3))
+    even = grey[: 2 * rows, : 2 * columns]
+    half = (even[::2, ::2] + even[1::2, ::2] + even[::2, 1::2] + even[1::2, 1::2]) / 4
     return np.array(
         [
             (brightest <= _BLACK * top).mean(),
