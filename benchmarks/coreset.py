@@ -18,7 +18,8 @@ from statistics import median
 from flawmap.backbones import create_backbone, create_engine  # before NumPy and PyTorch, for how they wait
 from flawmap.images import Preprocessing
 from flawmap.neighbours import k_center_greedy
-from flawmap.training import read_batches
+from flawmap.preparation import Preparation
+from flawmap.reading import read_batches
 
 # isort: split
 import numpy as np
@@ -49,11 +50,13 @@ def patches(paths: list[Path]) -> NDArray[np.float32]:
     """(images * 32 * 32, WIDTH): fused patch features."""
     backbone = create_backbone(levels=LEVELS, size=(SIZE, SIZE))
     engine = create_engine(backbone, (SIZE, SIZE))
-    preprocess = Preprocessing((SIZE, SIZE), tuple(backbone.mean), tuple(backbone.std))
+    size = (SIZE, SIZE)
+    prepare = Preparation(Preprocessing(size, tuple(backbone.mean), tuple(backbone.std)), size)
     side = SIZE // 8
     fused = np.empty((len(paths), side * side, WIDTH), np.float32)
     done = 0
-    for images, _ in read_batches(paths, preprocess):
+    for batch in read_batches(paths, prepare):
+        images = batch.inputs
         pooled = [F.avg_pool2d(torch.from_numpy(level), 3, 1, 1, count_include_pad=False) for level in engine(images)]
         deep = F.interpolate(pooled[1], size=(side, side), mode="bilinear", align_corners=False)
         fused[done : done + len(images)] = torch.cat([pooled[0], deep], 1).flatten(2).transpose(1, 2).numpy()

@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.distance import cdist
 
+from flawmap import Detector
 from flawmap.backbones import create_backbone
+from flawmap.feature_cache import FeatureCache
 from flawmap.methods import Collect, Optimise, configure
 from flawmap.methods.cfa import CFA, coordinates, moving_average
 
@@ -339,3 +341,14 @@ def test_images_that_are_all_alike_leave_finite_scores(trunk):
     with torch.no_grad():
         for tensor in method.score(drawn_features(2)):
             assert torch.isfinite(tensor).all()
+
+
+def test_half_precision_features_leave_the_figures_unmoved(drawn, monkeypatch):
+    chosen = {"image_size": 128, "engine": "torch", "epochs": 2}
+    halved = Detector("cfa", **chosen).fit(drawn).evaluate(drawn)
+    monkeypatch.setattr(FeatureCache, "_kind", lambda cache, level: np.dtype(level.dtype))
+    whole = Detector("cfa", **chosen).fit(drawn).evaluate(drawn)
+    scores = [np.array([result.score for result in report.results]) for report in (halved, whole)]
+    np.testing.assert_allclose(scores[0], scores[1], rtol=0.01)
+    for figure in ("image_auroc", "pixel_auroc", "aupro"):
+        assert halved.figures[figure] == pytest.approx(whole.figures[figure], abs=0.005)
