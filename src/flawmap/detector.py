@@ -5,12 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -29,7 +27,6 @@ from flawmap.captures import CaptureLimits, capture_statistics
 from flawmap.datasets import Dataset, Sample, find_dataset
 from flawmap.errors import FlawmapError, ImageError
 from flawmap.evaluation import EvaluationReport, Scored, evaluate
-from flawmap.files import replacing
 from flawmap.geometry import Geometry
 from flawmap.good_scores import GoodScores, Split, calibration_images, good_scores, split_images
 from flawmap.images import Preprocessing, as_pixels, find_images, infer_white, read_mask
@@ -39,7 +36,8 @@ from flawmap.model_file import read_model, write_model
 from flawmap.preparation import LOWEST_QUALITY, Preparation, read_region, read_template
 from flawmap.reading import BATCH, Batch, Picture, read_batches
 from flawmap.report.overlays import HeatScale
-from flawmap.training import Announce, Progress, TrainingData, identity, quiet, silent, train
+from flawmap.training import Announce, Progress, TrainingData, quiet, silent, train
+from flawmap.workspace import identity, work_in
 
 log = logging.getLogger(__name__)
 
@@ -214,7 +212,7 @@ class Detector:
         run = {**made_by, "method": self.method, "config": config, "seed": self.seed, "images": [*paths, *further]}
         self._inspector = None
         with (
-            _workspace(folder, run, resume),
+            work_in(folder, run, resume),
             TrainingData(
                 [*paths, *further],
                 self.preparation_,
@@ -736,54 +734,6 @@ def _groups(digests: Sequence[str], alike: Sequence[Sequence[int]]) -> list[int]
         for i in group:
             groups[i] = group[0]
     return groups
-
-
-@contextmanager
-def _workspace(folder: Path | None, run: dict[str, Any], resume: bool) -> Iterator[None]:
-    """A folder that goes when the block ends, in success or failure, and stays when it is interrupted or killed."""
-    if folder is None:
-        yield
-        return
-    _claim(folder, run, resume)
-    try:
-        yield
-    except Exception:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def _claim(folder: Path, run: dict[str, Any], resume: bool) -> None:
-    """Makes a workspace for this run, or goes on with the one that is there.
-
-    Raises:
-        FlawmapError: there is one, and it is not asked for or is another run's.
-    """
-    known = folder / "run"
-    mark = "\n".join(f"{key} {identity(value=value)}" for key, value in sorted(run.items()))
-    if known.exists():
-        before = known.read_text(encoding="utf-8")
-        if not resume:
-            raise FlawmapError(f"{folder} holds an interrupted training: go on with --resume, or delete the folder")
-        if before != mark:
-            changed = [line.split()[0] for line in mark.splitlines() if line not in before.splitlines()]
-            raise FlawmapError(
-                f"--resume: {' and '.join(changed) or 'the run'} changed since the training in {folder} was "
-                "interrupted; train as then, or delete the folder"
-            )
-        return
-    try:
-        if folder.exists() and any(folder.iterdir()):  # it will be deleted
-            raise FlawmapError(f"{folder} is not empty and was not made by a training: give another workspace")
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FlawmapError(f"{folder}: cannot be made ({error.strerror}); choose another place") from error
-    try:
-        with replacing(known) as file:
-            file.write(mark.encode())
-    except FlawmapError:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
 
 
 def _device(device: str) -> str:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import io
-import json
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -379,11 +377,6 @@ class _Checkpoint:
         torch.save(kept, file)
         with replacing(self.path) as target:
             target.write(file.getbuffer())
-
-
-def identity(**parts: Any) -> str:
-    """One digest of everything that decides a result, to tell whether an earlier run may be gone on with."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def folds(groups: Sequence[Any], count: int, seed: int) -> list[list[int]]:
