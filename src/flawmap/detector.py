@@ -226,11 +226,7 @@ class Detector:
             ) as data,
         ):
             del engine  # its memory is free for what is learnt from the features
-            self.left_out_ = data.unreadable
-            for error in data.unreadable:
-                if strict:
-                    raise error
-                log.warning("left out of training: %s", error)
+            self._leave_out(data.unreadable, strict)
             readable = set(paths)
             images = [i for i, path in enumerate(data.paths) if path in readable]
             if len(images) < 2:
@@ -255,6 +251,13 @@ class Detector:
                 for i in np.argsort(-good.scores, kind="stable")
             ]
         return self
+
+    def _leave_out(self, unreadable: list[ImageError], strict: bool) -> None:
+        self.left_out_ = unreadable
+        for error in unreadable:
+            if strict:
+                raise error
+            log.warning("left out of training: %s", error)
 
     def _made_by(self, backbone: Backbone, engine: Engine) -> dict[str, Any]:
         """What decides the features: an earlier run's may be used again only if all of it is the same."""
@@ -347,11 +350,7 @@ class Detector:
         with TrainingData(
             paths, self.preparation_, engine, self.method_.backbone.medium, progress=progress, announce=announce
         ) as data:
-            self.left_out_ = data.unreadable
-            for error in data.unreadable:
-                if strict:
-                    raise error
-                log.warning("left out of training: %s", error)
+            self._leave_out(data.unreadable, strict)
             images = list({kept: i for i, kept in reversed(list(enumerate(data.digests)))}.values())[::-1]
             if not images:
                 raise FlawmapError(f"none of the {len(paths)} images in {_name(source)} can be read")

@@ -14,7 +14,7 @@ from torch import Tensor
 from flawmap.errors import FlawmapError
 from flawmap.images import find_images
 from flawmap.methods import Method
-from flawmap.training import COLLECTED, Progress, TrainingData, batches, folds
+from flawmap.training import COLLECTED, Progress, TrainingData, batches, folds, on_device
 
 # Leaving out a third of many images changes a bank as little as leaving out a fifth of few.
 _FOLDS, _FOLDS_OF_MANY, _MANY = 5, 3, 150
@@ -118,7 +118,7 @@ def good_scores(
         owners = [i for i in images for _ in data.rows([i])]
         best: dict[int, tuple[float, float]] = {}
         for part, of in zip(batches(data.rows(images), COLLECTED), batches(owners, COLLECTED), strict=True):
-            features, inside = load(data, part, device)
+            features, inside = on_device(data.features(part), device)
             with torch.inference_mode():
                 scored = by(features, inside)
                 assert scored is not None
@@ -159,10 +159,4 @@ def _has_closed_form(method: Method, data: TrainingData, images: Sequence[int], 
     if len({data.digests[i] for i in images}) < len(images) or len(data.rows(images)) > len(images):
         return False
     with torch.inference_mode():
-        return method.leave_one_out(*load(data, data.rows(images[:1]), device)) is not None
-
-
-def load(data: TrainingData, rows: Sequence[int], device: str) -> tuple[list[Tensor], Tensor | None]:
-    """The features of some model inputs on a device."""
-    features, inside = data.features(rows)
-    return [level.to(device) for level in features], None if inside is None else inside.to(device)
+        return method.leave_one_out(*on_device(data.features(data.rows(images[:1])), device)) is not None

@@ -194,6 +194,14 @@ class TrainingData:
         return [torch.from_numpy(np.stack(inputs))], masks
 
 
+def on_device(
+    loaded: tuple[list[Tensor], Tensor | None], device: torch.device | str
+) -> tuple[list[Tensor], Tensor | None]:
+    """What `TrainingData.features` or `images` gave, on a device."""
+    maps, inside = loaded
+    return [level.to(device) for level in maps], None if inside is None else inside.to(device)
+
+
 def batches(rows: Sequence[int], size: int = BATCH) -> list[Sequence[int]]:
     """Consecutive parts of at most `size`."""
     return [rows[start : start + size] for start in range(0, len(rows), size)]
@@ -259,8 +267,7 @@ def _run(
     source = data.features if stage.inputs == "features" else data.images
 
     def load(part: Sequence[int]) -> tuple[list[Tensor], Tensor | None]:
-        maps, inside = source(part)
-        return [level.to(device) for level in maps], None if inside is None else inside.to(device)
+        return on_device(source(part), device)
 
     if isinstance(stage, Collect):
         announce(f"{stage.name}: about {stage.peak_bytes / 1e6:.0f} MB of memory at its highest")

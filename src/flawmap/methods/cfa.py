@@ -40,6 +40,7 @@ from torch import Tensor, nn
 
 from flawmap.backbones import Backbone, levels_at
 from flawmap.methods.contract import Collect, Config, Method, Optimise, Stage
+from flawmap.methods.patches import fused
 from flawmap.methods.smoothing import Enlarge, on_grid, within
 from flawmap.neighbours import k_means, k_nearest, nearest, search_index
 
@@ -137,13 +138,7 @@ class CFA(Method):
         """-> (B, h*w, D): all levels, averaged over the neighbourhood, on one grid."""
         side = self.config.pool
         maps = [F.avg_pool2d(level, side, 1, side // 2) if side > 1 else level for level in features]
-        maps = [
-            level
-            if level.shape[-2:] == self.grid
-            else F.interpolate(level, size=self.grid, mode="bilinear", align_corners=False)
-            for level in maps
-        ]
-        return torch.cat(maps, 1).flatten(2).transpose(1, 2)
+        return fused(maps, self.grid)
 
     def inputs(self, patches: Tensor, places: Tensor) -> Tensor:
         """Patches (B, N, D) and their coordinates (1 or B, N, 2) -> (B, N, D + 2): what the descriptor reads."""

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from flawmap.backbones import Backbone, default_deep_levels, default_levels
 from flawmap.errors import FlawmapError
 from flawmap.methods.contract import Collect, Config, Method, Stage
+from flawmap.methods.patches import fused
 from flawmap.methods.smoothing import Enlarge, on_grid, within
 from flawmap.neighbours import k_center_greedy, k_nearest, nearest, search_index
 
@@ -91,14 +92,7 @@ class MemoryBank(nn.Module):
 
     def patches(self, pooled: list[Tensor]) -> Tensor:
         """-> (B, h*w, C): patch features, all levels on one grid."""
-        maps = [pooled[i] for i in self.levels]
-        maps = [
-            level
-            if level.shape[-2:] == self.grid
-            else F.interpolate(level, size=self.grid, mode="bilinear", align_corners=False)
-            for level in maps
-        ]
-        return torch.cat(maps, 1).flatten(2).transpose(1, 2).contiguous()
+        return fused([pooled[i] for i in self.levels], self.grid).contiguous()
 
     def distances(self, pooled: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """-> distances (B, h, w), bank indices (B, h*w), standardised patches (B, h*w, C)."""
