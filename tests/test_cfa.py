@@ -8,30 +8,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.distance import cdist
 
+from feature_maps import LEVELS, SIZE, drawn_features, small_trunk
 from flawmap import Detector
 from flawmap.backbones import create_backbone
 from flawmap.feature_cache import FeatureCache
 from flawmap.methods import Collect, Optimise, configure
 from flawmap.methods.cfa import CFA, coordinates, moving_average
 
-SIZE, LEVELS = (64, 64), ("blocks.1", "blocks.2")
 T = 64  # positions of the default grid
 
 
 @pytest.fixture(scope="module")
 def trunk():
-    return create_backbone(levels=LEVELS, weights="random", size=SIZE)
-
-
-def drawn_features(images, seed=0):
-    """Correlated maps as the trunk gives them at 64 x 64: 24 channels at 1/4 and 40 at 1/8."""
-    random = np.random.default_rng(seed)
-    maps = []
-    for channels, side in ((24, 16), (40, 8)):
-        mixing = random.standard_normal((channels, channels)) / np.sqrt(channels)
-        values = 3 + np.einsum("nchw,cd->ndhw", random.standard_normal((images, channels, side, side)), mixing)
-        maps.append(torch.from_numpy(values.astype(np.float32)))
-    return maps
+    return small_trunk()
 
 
 def create(trunk, preset=None, **chosen):

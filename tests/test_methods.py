@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from scipy import ndimage
 from scipy.spatial.distance import cdist, mahalanobis
 
+from feature_maps import LEVELS, SIZE, drawn_features, small_trunk
 from flawmap import Detector, FlawmapError
-from flawmap.backbones import create_backbone
 from flawmap.backbones.engines import to_onnx
 from flawmap.methods import METHODS, configure, method_class
 from flawmap.methods.smoothing import enlarging_matrix
@@ -144,24 +144,12 @@ def test_maps_are_enlarged_as_torch_and_scipy_do(source, target, sigma):
 
 # PaDiM and PatchCore on features that are drawn, without images
 
-SIZE, GRID = (64, 64), (16, 16)
-LEVELS = ("blocks.1", "blocks.2")
+GRID = (16, 16)
 
 
 @pytest.fixture(scope="module")
 def trunk():
-    return create_backbone(levels=LEVELS, weights="random", size=SIZE)
-
-
-def drawn_features(images, seed=0):
-    """Correlated maps as the trunk gives them at 64 x 64: 24 channels at 1/4 and 40 at 1/8."""
-    random = np.random.default_rng(seed)
-    maps = []
-    for channels, side in ((24, 16), (40, 8)):
-        mixing = random.standard_normal((channels, channels)) / np.sqrt(channels)
-        values = 3 + np.einsum("nchw,cd->ndhw", random.standard_normal((images, channels, side, side)), mixing)
-        maps.append(torch.from_numpy(values.astype(np.float32)))
-    return maps
+    return small_trunk()
 
 
 def collect(name, features, trunk, batches=None, seed=0, **settings):
