@@ -1,0 +1,126 @@
+"""The networks inside couplings, none of which has to be invertible, and the position code they read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from flawmap.flows.coupling import Subnet
+
+
+def mlp(hidden: int | float, *, layers: int = 2, zero: bool = True) -> Subnet:
+    """Linear layers with ReLU between them, on vectors.
+
+    Args:
+        hidden: width, or, as a float, a multiple of the input's.
+        layers: linear layers, at least 1.
+        zero: the last starts at zero, and so the coupling at the identity.
+    """
+
+    def make(inputs: int, outputs: int) -> nn.Module:
+        width = hidden if isinstance(hidden, int) else max(1, round(hidden * inputs))
+        sizes = [inputs, *[width] * (layers - 1), outputs]
+        parts: list[nn.Module] = []
+        for before, after in pairwise(sizes):
+            parts += [nn.Linear(before, after), nn.ReLU()]
+        return nn.Sequential(*_zeroed(parts[:-1], zero))
+
+    return make
+
+
+def convolutions(
+    kernels: Sequence[int] = (3, 3),
+    *,
+    ratio: float = 1.0,
+    attention: Sequence[int] = (),
+    reduction: int = 16,
+    activation: bool = True,
+    zero: bool = True,
+) -> Subnet:
+    """Convolutions on maps, and CBAM among them.
+
+    Args:
+        kernels: side of each convolution.
+        ratio: width between them over the input's.
+        attention: CBAM stands before the convolutions of these positions; len(kernels) is behind the last.
+        reduction: of the channel attention.
+        activation: ReLU behind every convolution but the last.
+        zero: the last convolution starts at zero.
+    """
+
+    def make(inputs: int, outputs: int) -> nn.Module:
+        width = max(1, int(ratio * inputs))
+        sizes = [inputs, *[width] * (len(kernels) - 1), outputs]
+        parts: list[nn.Module] = []
+        for i, side in enumerate(kernels):
+            parts += [CBAM(sizes[i], reduction)] if i in attention else []
+            parts.append(nn.Conv2d(sizes[i], sizes[i + 1], side, padding=side // 2))
+            parts += [nn.ReLU()] if activation and i + 1 < len(kernels) else []
+        parts += [CBAM(outputs, reduction)] if len(kernels) in attention else []
+        return nn.Sequential(*_zeroed(parts, zero))
+
+    return make
+
+
+def _zeroed(parts: list[nn.Module], zero: bool) -> list[nn.Module]:
+    last = next(part for part in reversed(parts) if isinstance(part, (nn.Linear, nn.Conv2d)))
+    if zero:
+        nn.init.zeros_(last.weight)
+        assert last.bias is not None
+        nn.init.zeros_(last.bias)
+    return parts
+
+
+class Separate(nn.Module):
+    """Scale and shift from a network each, where a paper draws two: `subnet` makes both."""
+
+    def __init__(self, subnet: Subnet, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.scale = subnet(inputs, outputs // 2)
+        self.shift = subnet(inputs, outputs // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.scale(x), self.shift(x)], 1)
+
+
+class CBAM(nn.Module):
+    """Channel attention, then spatial attention: Woo et al., "CBAM", ECCV 2018.
+
+    (B, C, H, W) -> (B, C, H, W), each value times two factors in (0, 1).
+    """
+
+    def __init__(self, channels: int, reduction: int = 16) -> None:
+        super().__init__()
+        width = max(1, channels // reduction)
+        self.channel = nn.Sequential(
+            nn.Conv2d(channels, width, 1, bias=False), nn.ReLU(), nn.Conv2d(width, channels, 1, bias=False)
+        )
+        self.spatial = nn.Conv2d(2, 1, 7, padding=3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = self.channel(x.mean((2, 3), keepdim=True)) + self.channel(x.amax((2, 3), keepdim=True))
+        x = x * pooled.sigmoid()
+        described = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)  # (B, 2, H, W)
+        attention: Tensor = self.spatial(described)
+        return x * attention.sigmoid()
+
+
+def position_code(channels: int, height: int, width: int) -> Tensor:
+    """(channels, height, width): sines and cosines of the column, then of the row, interleaved (CFLOW-AD, Section 4.2).
+
+    Frequencies fall from 1 to 1e-4 in channels / 4 steps; `channels` is a multiple of four.
+    """
+    half = channels // 2
+    frequencies = torch.exp(torch.arange(0, half, 2, dtype=torch.float64) * -(math.log(1e4) / half))  # (half / 2,)
+
+    def code(length: int) -> Tensor:
+        angles = torch.arange(length, dtype=torch.float64)[:, None] * frequencies  # (length, half / 2)
+        return torch.stack([angles.sin(), angles.cos()], 2).flatten(1).T  # (half, length)
+
+    columns = code(width)[:, None].expand(half, height, width)
+    rows = code(height)[:, :, None].expand(half, height, width)
+    return torch.cat([columns, rows]).float()
