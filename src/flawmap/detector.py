@@ -37,6 +37,7 @@ from flawmap.preparation import LOWEST_QUALITY, Preparation, read_region, read_t
 from flawmap.reading import BATCH, Batch, Picture, read_batches
 from flawmap.report.overlays import HeatScale
 from flawmap.training import Announce, Progress, TrainingData, quiet, silent, train
+from flawmap.views import Views
 from flawmap.workspace import identity, work_in
 
 log = logging.getLogger(__name__)
@@ -206,8 +207,10 @@ class Detector:
         mean, std = tuple(backbone.mean), tuple(backbone.std)
         preprocessing = Preprocessing(self._size, mean, std, infer_white([*paths, *further]))  # type: ignore[arg-type]
         self.preparation_ = Preparation(preprocessing, self.image_size, self.geometry, self._region, self._template)
-        engine = create_engine(backbone, self._size, self.engine, device=self.device)
-        made_by = self._made_by(backbone, engine)
+        views = Views(*self._method_class.views(config), self.seed)
+        extractor = self._method_class.extractor(config, backbone, self._size)
+        engine = create_engine(extractor, self._size, self.engine, device=self.device)
+        made_by = self._made_by(backbone, engine, views)
         folder = None if workspace is None else Path(workspace)
         run = {**made_by, "method": self.method, "config": config, "seed": self.seed, "images": [*paths, *further]}
         self._inspector = None
@@ -218,6 +221,7 @@ class Detector:
                 self.preparation_,
                 engine,
                 backbone.medium,
+                views=views,
                 folder=folder,
                 identity=identity(**made_by),
                 half=self._method_class.optimises,
@@ -259,7 +263,7 @@ class Detector:
                 raise error
             log.warning("left out of training: %s", error)
 
-    def _made_by(self, backbone: Backbone, engine: Engine) -> dict[str, Any]:
+    def _made_by(self, backbone: Backbone, engine: Engine, views: Views) -> dict[str, Any]:
         """What decides the features: an earlier run's may be used again only if all of it is the same."""
         prepared = {
             name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in self.preparation_.arrays().items()
@@ -267,6 +271,7 @@ class Detector:
         return {
             "backbone": backbone.digest(),
             "levels": backbone.levels,
+            "views": views if views.count > 1 else None,
             "preparation": {**self.preparation_.to_json(), **prepared},
             "engine": engine.name,
             "device": self.device,
@@ -346,7 +351,8 @@ class Detector:
         paths = _training_paths(source, category)
         if not paths:
             raise FlawmapError(f"no good images found in {_name(source)}: give a folder of new good images")
-        engine = create_engine(self.method_.backbone, self._size, self.engine, device=self.device)
+        extractor = self.method_.extractor(self.method_.config, self.method_.backbone, self._size)
+        engine = create_engine(extractor, self._size, self.engine, device=self.device)
         with TrainingData(
             paths, self.preparation_, engine, self.method_.backbone.medium, progress=progress, announce=announce
         ) as data:

@@ -26,6 +26,7 @@ from flawmap.images import digest, read_image
 from flawmap.methods import Collect, Method, Optimise, Stage
 from flawmap.preparation import Preparation
 from flawmap.reading import BATCH, Picture, read_batches
+from flawmap.views import Views
 
 COLLECTED = 32
 """Model inputs whose features are collected or scored at once: PaDiM reads all its Gaussians for each batch."""
@@ -53,7 +54,7 @@ class TrainingData:
     `medium` are the levels by whose averages whole images are compared, see `Backbone.medium`.
     Without a `folder` of its own it takes a temporary one; use it as a context manager then, so that the folder goes
     when the block ends, also on Ctrl-C. With one, features that an earlier process left there under the same `identity`
-    are used again.
+    are used again. Of every model input `views` makes rotated ones beside the plain one.
 
     Attributes:
         paths: the images that could be read.
@@ -69,6 +70,7 @@ class TrainingData:
         engine: Engine,
         medium: Sequence[int] = (0,),
         *,
+        views: Views | None = None,
         folder: Path | None = None,
         identity: str = "",
         half: bool = False,
@@ -77,6 +79,7 @@ class TrainingData:
     ) -> None:
         self.prepare = prepare
         self.engine = engine.name
+        self.views = views or Views()
         self._medium = medium
         self.paths: list[Path] = []
         self.digests: list[str] = []
@@ -113,15 +116,18 @@ class TrainingData:
         told = False
         for batch in read_batches(missing, self.prepare, fingerprints=True):
             if len(batch.inputs):
-                maps: list[Any] = list(engine(batch.inputs))
-                pooled.extend(np.concatenate([maps[i].mean((2, 3)) for i in self._medium], axis=1))
-                if batch.inside is not None:
-                    maps.append(batch.inside)
+                inputs, inside = self.views(batch.inputs, batch.inside)
+                maps = _joined([engine(inputs[i : i + BATCH]) for i in range(0, len(inputs), BATCH)])
+                plain = [maps[i][:: self.views.count] for i in self._medium]
+                pooled.extend(np.concatenate([level.mean((2, 3)) for level in plain], axis=1))
+                if inside is not None:
+                    maps.append(inside)
                 windows = max((picture.windows for picture in batch.pictures), default=len(batch.inputs))
-                self._cache.write(maps, expected_rows=max(windows, 1) * len(missing))
+                expected = max(windows, 1) * self.views.count * len(missing)
+                self._cache.write(maps, expected_rows=expected)
                 if not told:
-                    held = max(windows, 1) * len(missing) * self._cache.row_bytes
-                    announce(f"features of {len(missing)} images: {held / 1e6:.0f} MB on disk while training")
+                    what = f"features of {len(missing)} images{self.views.describe()}"
+                    announce(f"{what}: {expected * self._cache.row_bytes / 1e6:.0f} MB on disk while training")
                     told = True
             for picture in batch.pictures:
                 assert picture.path is not None
@@ -151,7 +157,7 @@ class TrainingData:
             "fingerprint": base64.b64encode(picture.fingerprint.astype(np.float16).tobytes()).decode(),
             "quality": None if picture.placement.alignment is None else picture.placement.alignment.quality,
         }
-        self._cache.commit(digest, picture.windows, record)
+        self._cache.commit(digest, picture.windows * self.views.count, record)
 
     def record(self, image: int) -> dict[str, Any]:
         """What is known of one image: its size (H, W), the statistics of the capture, its embedding, its alignment."""
@@ -172,8 +178,8 @@ class TrainingData:
             self._temporary.cleanup()
 
     def rows(self, images: Sequence[int]) -> list[int]:
-        """The model inputs of some images, one after the other."""
-        return [row for i in images for row in self._cache.images[self.digests[i]]]
+        """The model inputs of some images, one after the other; each one's further views lie in the rows behind it."""
+        return [row for i in images for row in self._cache.images[self.digests[i]][:: self.views.count]]
 
     def features(self, rows: Sequence[int]) -> tuple[list[Tensor], Tensor | None]:
         """The maps (B, C, H, W) of some model inputs, and where those are scored, (B, 1, h, w); None is everywhere."""
@@ -185,13 +191,18 @@ class TrainingData:
         inputs, inside = [], []
         for row in rows:
             image = self._owners[row]
-            window = row - self._cache.images[self.digests[image]].start
+            window = (row - self._cache.images[self.digests[image]].start) // self.views.count
             pixels = read_image(self.paths[image])
             placement = self.prepare.place(pixels)
             inputs.append(next(x for i, x in enumerate(self.prepare.inputs(pixels, placement)) if i == window))
             inside.append(placement.inside()[window][None])
         masks = torch.from_numpy(np.stack(inside)).float() if self.prepare.masked else None
         return [torch.from_numpy(np.stack(inputs))], masks
+
+
+def _joined(parts: Sequence[Sequence[NDArray[np.float32]]]) -> list[NDArray[Any]]:
+    """The maps of consecutive parts of a batch as those of the whole."""
+    return list(parts[0]) if len(parts) == 1 else [np.concatenate(level) for level in zip(*parts, strict=True)]
 
 
 def on_device(
@@ -273,7 +284,8 @@ def _run(
         announce(f"{stage.name}: about {stage.peak_bytes / 1e6:.0f} MB of memory at its highest")
         _collect(stage, load, rows, progress)
     else:
-        _optimise(stage, load, rows, seeds, progress, announce, state)
+        views = data.views.count if stage.views else 1
+        _optimise(stage, load, rows, views, seeds, progress, announce, state)
 
 
 def _reseed(*seeds: int) -> None:
@@ -294,6 +306,7 @@ def _optimise(
     stage: Optimise,
     load: Load,
     rows: Sequence[int],
+    views: int,
     seeds: list[int],
     progress: Progress,
     announce: Announce,
@@ -307,19 +320,23 @@ def _optimise(
     for epoch in range(state.epochs, stage.epochs):
         # Everything random in an epoch comes from its own seed: one that is run again after a kill is the same.
         _reseed(*seeds, epoch)
-        order = np.random.default_rng([*seeds, epoch]).permutation(np.asarray(rows))
+        rng = np.random.default_rng([*seeds, epoch])
+        order = rng.permutation(np.asarray(rows))
+        if views > 1:
+            order = order + rng.integers(views, size=len(order))
         for part in batches(order.tolist(), stage.batch_size):
-            loss = stage.loss(*load(part))
-            if not bool(torch.isfinite(loss)):
-                raise FlawmapError(
-                    f"training diverged: the loss of {stage.name} is {loss.item()} at step {step + 1} of {steps}; "
-                    "lower the learning rate"
-                )
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            if stage.clip is not None:
-                torch.nn.utils.clip_grad_norm_(stage.parameters, stage.clip)
-            optimiser.step()
+            losses = stage.loss(*load(part))
+            for loss in [losses] if isinstance(losses, Tensor) else losses:
+                if not bool(torch.isfinite(loss)):
+                    raise FlawmapError(
+                        f"training diverged: the loss of {stage.name} is {loss.item()} at step {step + 1} of {steps}; "
+                        "lower --set learning_rate=..."
+                    )
+                optimiser.zero_grad(set_to_none=not stage.keep_gradients)
+                loss.backward()
+                if stage.clip is not None:
+                    torch.nn.utils.clip_grad_norm_(stage.parameters, stage.clip)
+                optimiser.step()
             if schedule is not None:
                 schedule.step()
             step += 1

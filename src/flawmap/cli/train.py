@@ -55,6 +55,7 @@ def parse_settings(pairs: tuple[str, ...]) -> dict[str, str]:
     help="Align each image to this one first, the one on which the region of interest is drawn.",
 )
 @click.option("--epochs", type=int, help="Of methods that train by gradient.")
+@click.option("--views", type=int, help="Rotated views of each image, of methods that train on them.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A setting of the method; repeatable.")
 @click.option("--engine", default="auto", show_default=True, help="auto, openvino, onnxruntime or torch.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
@@ -89,6 +90,7 @@ def train_command(
     crop: int | None,
     tile: str | None,
     epochs: int | None,
+    views: int | None,
     drop_atypical: int,
     update: Path | None,
     resume: bool,
@@ -110,7 +112,8 @@ def train_command(
         raise click.BadParameter(f"{html} is the model's name too", param_hint="--html")
     if drop_atypical < 0:
         raise click.BadParameter(f"{drop_atypical} is negative", param_hint="--drop-atypical")
-    chosen: dict[str, Any] = {**parse_settings(settings), **({} if epochs is None else {"epochs": epochs})}
+    own = {"epochs": epochs, "views": views}
+    chosen: dict[str, Any] = {**parse_settings(settings), **{k: v for k, v in own.items() if v is not None}}
     if update is not None:
         _refuse_beside_update(click.get_current_context())
     from flawmap.datasets import find_dataset

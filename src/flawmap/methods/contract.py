@@ -50,19 +50,23 @@ class Optimise:
 
     Attributes:
         name: what the progress line says.
-        loss: one batch, as in `Collect.update`, -> a scalar. Must be finite. What it draws at random it draws from
-            PyTorch's default generator, which is seeded anew for every epoch.
+        loss: one batch, as in `Collect.update`, -> a scalar, or scalars one after the other, each of which gets a step
+            of its own. Must be finite. What it draws at random it draws from PyTorch's default generator, which is
+            seeded anew for every epoch.
         parameters: what is trained.
         epochs, batch_size: the schedule; batches are drawn in an order given by the seed and the epoch.
         optimiser: parameters -> optimiser.
         schedule: (optimiser, steps in all) -> learning-rate schedule, stepped after every batch; None: constant.
         clip: the gradient norm is clipped to it; None leaves it.
         inputs: what it trains on.
+        views: an epoch takes one of the rotated views of every input, see `Method.views`; else the input as it is.
+        keep_gradients: parameters that a step does not reach have a gradient of zero, with which optimisers go on by
+            momentum, as PyTorch did before 2.0; else they rest.
         after_epoch: says in a few words how it goes, such as the value of a learnt radius.
     """
 
     name: str
-    loss: Callable[[list[Tensor], Tensor | None], Tensor]
+    loss: Callable[[list[Tensor], Tensor | None], Tensor | Iterable[Tensor]]
     parameters: Sequence[nn.Parameter]
     epochs: int
     batch_size: int
@@ -70,6 +74,8 @@ class Optimise:
     schedule: Callable[[torch.optim.Optimizer, int], torch.optim.lr_scheduler.LRScheduler] | None = None
     clip: float | None = None
     inputs: Inputs = "features"
+    views: bool = False
+    keep_gradients: bool = False
     after_epoch: Callable[[], str] | None = None
 
 
@@ -113,6 +119,20 @@ class Method(nn.Module):
         """The backbone levels that `features` returns, in order, of resolved settings."""
         raise NotImplementedError
 
+    @classmethod
+    def views(cls, config: Any) -> tuple[int, float]:
+        """How many views of each input are cached, the input itself the first, and by how many degrees at most the
+        others are rotated."""
+        return 1, 0.0
+
+    @classmethod
+    def extractor(cls, config: Any, backbone: Backbone, size: tuple[int, int]) -> nn.Module:
+        """What makes the maps that are cached: images (B, 3, H, W) -> maps (B, C, h, w).
+
+        The first of them belong to the backbone's levels, in their order.
+        """
+        return backbone
+
     def stages(self, images: int) -> Iterator[Stage]:
         """What has to happen in training on `images` model inputs, in order.
 
@@ -126,7 +146,7 @@ class Method(nn.Module):
 
     def features(self, images: Tensor) -> list[Tensor]:
         """images (B, 3, H, W) -> the maps that the method reads."""
-        maps: list[Tensor] = self.backbone(images)
+        maps: list[Tensor] = self.extractor(self.config, self.backbone, self.size)(images)
         return maps
 
     def score(self, features: list[Tensor], inside: Tensor | None = None) -> tuple[Tensor, Tensor]:
