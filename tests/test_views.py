@@ -194,6 +194,6 @@ def test_a_reopened_cache_keeps_the_views(paths, backbone, tmp_path):
     rows = []
     for _ in range(2):
         with TrainingData(paths, preparation, engine, views=Views(2, 10.0), folder=tmp_path, identity="x") as data:
-            rows.append(data.features(data.rows([4]) + [data.rows([4])[0] + 1])[0][0])
+            rows.append(data.features([*data.rows([4]), data.rows([4])[0] + 1])[0][0])
     assert torch.equal(*rows)
     assert len(FeatureCache(tmp_path, "x").images[data.digests[4]]) == 2

@@ -208,8 +208,7 @@ class Detector:
         preprocessing = Preprocessing(self._size, mean, std, infer_white([*paths, *further]))  # type: ignore[arg-type]
         self.preparation_ = Preparation(preprocessing, self.image_size, self.geometry, self._region, self._template)
         views = Views(*self._method_class.views(config), self.seed)
-        extractor = self._method_class.extractor(config, backbone, self._size)
-        engine = create_engine(extractor, self._size, self.engine, device=self.device)
+        engine = self._extraction_engine(config, backbone)
         made_by = self._made_by(backbone, engine, views)
         folder = None if workspace is None else Path(workspace)
         run = {**made_by, "method": self.method, "config": config, "seed": self.seed, "images": [*paths, *further]}
@@ -262,6 +261,12 @@ class Detector:
             if strict:
                 raise error
             log.warning("left out of training: %s", error)
+
+    def _extraction_engine(self, config: Any, backbone: Backbone) -> Engine:
+        """What makes the features that are cached."""
+        extractor = self._method_class.extractor(config, backbone, self._size)
+        masked = self._method_class.pools and self.preparation_.masked
+        return create_engine(extractor, self._size, self.engine, device=self.device, masked=masked)
 
     def _made_by(self, backbone: Backbone, engine: Engine, views: Views) -> dict[str, Any]:
         """What decides the features: an earlier run's may be used again only if all of it is the same."""
@@ -351,8 +356,7 @@ class Detector:
         paths = _training_paths(source, category)
         if not paths:
             raise FlawmapError(f"no good images found in {_name(source)}: give a folder of new good images")
-        extractor = self.method_.extractor(self.method_.config, self.method_.backbone, self._size)
-        engine = create_engine(extractor, self._size, self.engine, device=self.device)
+        engine = self._extraction_engine(self.method_.config, self.method_.backbone)
         with TrainingData(
             paths, self.preparation_, engine, self.method_.backbone.medium, progress=progress, announce=announce
         ) as data:
@@ -700,7 +704,7 @@ class _Inspector(nn.Module):
         self.method = method
 
     def forward(self, images: Tensor, inside: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        features = self.method.features(images)
+        features = self.method.features(images, inside)
         anomaly_map, score = self.method.score(features, inside)
         pooled = torch.cat([features[i].mean((2, 3)) for i in self.method.backbone.medium], 1)
         return self.method.enlarge(anomaly_map, inside), score, pooled

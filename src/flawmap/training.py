@@ -117,7 +117,9 @@ class TrainingData:
         for batch in read_batches(missing, self.prepare, fingerprints=True):
             if len(batch.inputs):
                 inputs, inside = self.views(batch.inputs, batch.inside)
-                maps = _joined([engine(inputs[i : i + BATCH]) for i in range(0, len(inputs), BATCH)])
+                scored = None if inside is None else inside.astype(np.float32)
+                parts = [slice(i, i + BATCH) for i in range(0, len(inputs), BATCH)]
+                maps = _joined([engine(inputs[i], None if scored is None else scored[i]) for i in parts])
                 plain = [maps[i][:: self.views.count] for i in self._medium]
                 pooled.extend(np.concatenate([level.mean((2, 3)) for level in plain], axis=1))
                 if inside is not None:

@@ -26,7 +26,8 @@ log = logging.getLogger(__name__)
 class Engine(Protocol):
     """images (B, 3, H, W) float32 -> the network's outputs, float32, in order.
 
-    A network made with `masked` also takes where the images are scored, (B, 1, H, W) float32 of 0 and 1.
+    A network made with `masked` also takes where the images are scored, (B, 1, H, W) float32 of 0 and 1; the others do
+    not look at it.
     """
 
     name: str
@@ -69,7 +70,7 @@ def create_engine(
     check_engine(engine)
     chosen = ("torch" if device != "cpu" else available_engines()[0]) if engine == "auto" else engine
     if chosen == "torch":
-        return TorchEngine(network, device)
+        return TorchEngine(network, device, masked)
     large = {name: buffer for name, buffer in network.named_buffers() if buffer.nbytes >= _LARGE}
     try:
         graph = to_onnx(network, size, large, masked=masked)
@@ -77,9 +78,9 @@ def create_engine(
         if engine != "auto":
             raise FlawmapError(f"engine {engine} cannot run this backbone ({error}): use --engine torch") from error
         log.warning("the backbone cannot be exported to ONNX (%s): it runs in torch, which is slower", error)
-        return TorchEngine(network, device)
+        return TorchEngine(network, device, masked)
     given = {name: buffer.contiguous().numpy() for name, buffer in large.items()}
-    return (OpenVinoEngine if chosen == "openvino" else OnnxEngine)(graph, given, threads or cpu_threads())
+    return (OpenVinoEngine if chosen == "openvino" else OnnxEngine)(graph, given, threads or cpu_threads(), masked)
 
 
 def cpu_threads() -> int:
@@ -135,8 +136,10 @@ class _Given(nn.Module):
                 setattr(owner, key, tensor)
 
 
-def _named(images: NDArray[np.float32], inside: NDArray[np.float32] | None) -> dict[str, NDArray[np.float32]]:
-    return {"images": images} if inside is None else {"images": images, "inside": inside}
+def _named(
+    images: NDArray[np.float32], inside: NDArray[np.float32] | None, masked: bool
+) -> dict[str, NDArray[np.float32]]:
+    return {"images": images, "inside": inside} if masked and inside is not None else {"images": images}
 
 
 class TorchEngine:
@@ -144,22 +147,23 @@ class TorchEngine:
 
     name = "torch"
 
-    def __init__(self, network: nn.Module, device: str) -> None:
+    def __init__(self, network: nn.Module, device: str, masked: bool = False) -> None:
         self.network = network.to(device)
         self.device = device
+        self.masked = masked
 
     def __call__(
         self, images: NDArray[np.float32], inside: NDArray[np.float32] | None = None
     ) -> list[NDArray[np.float32]]:
         with torch.inference_mode():
-            inputs = [torch.from_numpy(value).to(self.device) for value in _named(images, inside).values()]
+            inputs = [torch.from_numpy(value).to(self.device) for value in _named(images, inside, self.masked).values()]
             return [output.cpu().numpy() for output in self.network(*inputs)]
 
 
 class OnnxEngine:
     name = "onnxruntime"
 
-    def __init__(self, graph: bytes, given: dict[str, NDArray[Any]], threads: int) -> None:
+    def __init__(self, graph: bytes, given: dict[str, NDArray[Any]], threads: int, masked: bool) -> None:
         import onnxruntime as ort
 
         options = ort.SessionOptions()
@@ -167,18 +171,19 @@ class OnnxEngine:
         options.log_severity_level = 3
         self.session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         self.given = given
+        self.masked = masked
 
     def __call__(
         self, images: NDArray[np.float32], inside: NDArray[np.float32] | None = None
     ) -> list[NDArray[np.float32]]:
-        outputs: list[NDArray[np.float32]] = self.session.run(None, {**_named(images, inside), **self.given})
+        outputs: list[NDArray[np.float32]] = self.session.run(None, {**_named(images, inside, self.masked), **self.given})
         return outputs
 
 
 class OpenVinoEngine:
     name = "openvino"
 
-    def __init__(self, graph: bytes, given: dict[str, NDArray[Any]], threads: int) -> None:
+    def __init__(self, graph: bytes, given: dict[str, NDArray[Any]], threads: int, masked: bool) -> None:
         import openvino as ov
 
         core = ov.Core()
@@ -186,9 +191,10 @@ class OpenVinoEngine:
         settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
         self.model = core.compile_model(core.read_model(graph, b""), "CPU", settings)
         self.given = given
+        self.masked = masked
 
     def __call__(
         self, images: NDArray[np.float32], inside: NDArray[np.float32] | None = None
     ) -> list[NDArray[np.float32]]:
-        result = self.model({**_named(images, inside), **self.given}, share_inputs=True)
+        result = self.model({**_named(images, inside, self.masked), **self.given}, share_inputs=True)
         return [np.array(result[output]) for output in self.model.outputs]

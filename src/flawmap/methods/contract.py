@@ -91,6 +91,8 @@ class Method(nn.Module):
         localises: False for methods that score images only; they have no map.
         positional: True where each position of the input is learnt apart, so that parts have to be aligned.
         updates: True where `further_stages` can add images to a trained method.
+        pools: True where the extractor pools whole maps, and so has to know where an image is scored: it then takes
+            (images, inside).
         optimises: True where stages train by gradient; such methods hold out good images for calibration, the others
             cross-fit.
     """
@@ -101,6 +103,7 @@ class Method(nn.Module):
     optimises: ClassVar[bool] = False
     updates: ClassVar[bool] = False
     positional: ClassVar[bool] = False
+    pools: ClassVar[bool] = False
 
     def __init__(self, config: Any, backbone: Backbone, size: tuple[int, int]) -> None:
         """`size` is the input size (height, width); `backbone` reads `levels(config)`."""
@@ -144,9 +147,10 @@ class Method(nn.Module):
         """What has to happen to learn `images` further model inputs on top of those learnt before."""
         raise NotImplementedError
 
-    def features(self, images: Tensor) -> list[Tensor]:
+    def features(self, images: Tensor, inside: Tensor | None = None) -> list[Tensor]:
         """images (B, 3, H, W) -> the maps that the method reads."""
-        maps: list[Tensor] = self.extractor(self.config, self.backbone, self.size)(images)
+        extractor = self.extractor(self.config, self.backbone, self.size)
+        maps: list[Tensor] = extractor(images, inside) if self.pools else extractor(images)
         return maps
 
     def score(self, features: list[Tensor], inside: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -174,7 +178,7 @@ class Method(nn.Module):
 
     def forward(self, images: Tensor, inside: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """images (B, 3, H, W) -> anomaly map (B, 1, H, W) and image score (B,)."""
-        anomaly_map, image_score = self.score(self.features(images), inside)
+        anomaly_map, image_score = self.score(self.features(images, inside), inside)
         return self.enlarge(anomaly_map, inside), image_score
 
     def load_state(self, state: dict[str, Tensor]) -> None:
