@@ -7,10 +7,9 @@ import json
 import logging
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, Literal, overload
@@ -20,45 +19,28 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from flawmap.backbones import DEFAULT_BACKBONE, Backbone, Engine, check_engine, create_backbone, create_engine
-from flawmap.backbones.engines import cpu_threads
+from flawmap.backbones import DEFAULT_BACKBONE, Engine, check_engine, create_backbone, create_engine
 from flawmap.calibration import Calibration, Threshold
 from flawmap.captures import CaptureLimits, capture_statistics
 from flawmap.datasets import Dataset, Sample, find_dataset
 from flawmap.errors import FlawmapError, ImageError
 from flawmap.evaluation import EvaluationReport, Scored, evaluate
+from flawmap.fitting import SHORT, Atypical, Recipe, extraction_engine, fit, limits, report_unreadable
 from flawmap.geometry import Geometry
-from flawmap.good_scores import GoodScores, Split, calibration_images, good_scores, split_images
-from flawmap.images import Preprocessing, as_pixels, find_images, infer_white, read_mask
+from flawmap.good_scores import Split, good_scores
+from flawmap.images import as_pixels, find_images, read_mask
 from flawmap.inspection import Inspection
+from flawmap.latents import Latents
 from flawmap.methods import Method, configure, method_class
 from flawmap.model_file import read_model, write_model
-from flawmap.preparation import LOWEST_QUALITY, Preparation, read_region, read_template
+from flawmap.preparation import Preparation, read_region, read_template
 from flawmap.reading import BATCH, Batch, Picture, read_batches
 from flawmap.report.overlays import HeatScale
 from flawmap.training import Announce, Progress, TrainingData, quiet, silent, train
-from flawmap.views import Views
-from flawmap.workspace import identity, work_in
 
 log = logging.getLogger(__name__)
 
-_LIBRARIES = ("flawmap", "torch", "timm", "numpy", "scipy", "pillow")
-_DOUBTFUL, _OF_USUAL = 0.5, 0.75  # of an alignment's quality
-_PREPARATION = "preparation."  # before the names of its tensors in a model file
-
-
-@dataclass(frozen=True)
-class Atypical:
-    """A good training image that its own detector finds unusual.
-
-    Attributes:
-        path: the file.
-        score, p_value: by a method that was not fitted on it, among the other good images.
-    """
-
-    path: Path
-    score: float
-    p_value: float
+_PREPARATION, _LATENTS = "preparation.", "latents."  # before the names of their tensors in a model file
 
 
 class Detector:
@@ -88,6 +70,7 @@ class Detector:
         pixel_threshold_: where regions are cut; None for methods without a map.
         training_: what it was fitted on: number of images, their digest, seed, engine.
         capture_limits_: what a capture must be like to be judged.
+        latents_: of the calibration images, for methods with settings that can be moved; None for the others.
         atypical_: after `fit`, the calibration images, most unusual first. Not kept in the model file.
         near_duplicates_: after `fit`, groups of training images that show the same photograph, or one part twice. Not
             kept either; cross-fitting keeps each group on one side.
@@ -155,6 +138,8 @@ class Detector:
         self.near_duplicates_: list[list[Path]] = []
         self.left_out_: list[ImageError] = []
         self.sizes_: list[tuple[int, int]] = []
+        self.latents_: Latents | None = None
+        self._calibrated = False
         self._inspector: Engine | None = None
 
     # Fitting
@@ -189,149 +174,45 @@ class Detector:
             FlawmapError: there are fewer than two good images, `workspace` holds an interrupted training and `resume`
                 is not asked for or does not fit, or what `Detector` raises late: weights, memory, disk.
         """
-        paths = _training_paths(source, category)
-        if len(paths) < 2:
-            raise FlawmapError(
-                f"{len(paths)} good training image{'' if len(paths) == 1 else 's'} found in {_name(source)}: "
-                "at least 2 are needed, one to learn from and one to calibrate on; some dozens make a good start"
-            )
-        further = calibration_images(self.calibration)
-        config = self._method_class.resolved(self.config, self.backbone)
-        if self._method_class.positional and self.geometry.kind == "tile":
-            log.warning(
-                "%s learns each position apart, and all tiles share theirs: --method patchcore fits", self.method
-            )
-        backbone = create_backbone(
-            self.backbone, self._method_class.levels(config), weights=self.weights, size=self._size, seed=self.seed
+        recipe = Recipe(
+            self.method,
+            self._method_class,
+            self.config,
+            self.backbone,
+            self.weights,
+            self.image_size,
+            self._size,
+            self.geometry,
+            self._region,
+            self._template,
+            self.engine,
+            self.device,
+            self.seed,
+            str(self.calibration),
         )
-        mean, std = tuple(backbone.mean), tuple(backbone.std)
-        preprocessing = Preprocessing(self._size, mean, std, infer_white([*paths, *further]))  # type: ignore[arg-type]
-        self.preparation_ = Preparation(preprocessing, self.image_size, self.geometry, self._region, self._template)
-        views = Views(*self._method_class.views(config), self.seed)
-        engine = self._extraction_engine(config, backbone)
-        made_by = self._made_by(backbone, engine, views)
-        folder = None if workspace is None else Path(workspace)
-        run = {**made_by, "method": self.method, "config": config, "seed": self.seed, "images": [*paths, *further]}
         self._inspector = None
-        with (
-            work_in(folder, run, resume),
-            TrainingData(
-                [*paths, *further],
-                self.preparation_,
-                engine,
-                backbone.medium,
-                views=views,
-                folder=folder,
-                identity=identity(**made_by),
-                half=self._method_class.optimises,
-                progress=progress,
-                announce=announce,
-            ) as data,
-        ):
-            del engine  # its memory is free for what is learnt from the features
-            self._leave_out(data.unreadable, strict)
-            readable = set(paths)
-            images = [i for i, path in enumerate(data.paths) if path in readable]
-            if len(images) < 2:
-                raise FlawmapError(
-                    f"only {len(images)} of {len(paths)} good training images in {_name(source)} can be read: "
-                    "at least 2 are needed"
-                )
-            alike = data.near_duplicates(images)
-            groups = _groups(data.digests, alike)
-            self.sizes_ = [(height, width) for height, width in (data.record(i)["size"] for i in images)]
-            self.near_duplicates_ = [[data.paths[i] for i in group] for group in alike]
-            good = self._learn(config, backbone, data, images, groups, folder, progress, announce)
-            if drop_atypical:
-                unusual = {good.images[i] for i in np.argsort(-good.scores, kind="stable")[:drop_atypical]}
-                images = [i for i in images if i not in unusual]
-                if len(images) < 2:
-                    raise FlawmapError(f"--drop-atypical {drop_atypical} leaves {len(images)} images: drop fewer")
-                good = self._learn(config, backbone, data, images, groups, folder, progress, announce)
-            calibration = self.calibration_
-            self.atypical_ = [
-                Atypical(data.paths[good.images[i]], float(good.scores[i]), calibration.p_value(float(good.scores[i])))
-                for i in np.argsort(-good.scores, kind="stable")
-            ]
+        fitted = fit(
+            recipe,
+            training_paths(source, category),
+            source_name(source),
+            strict=strict,
+            drop_atypical=drop_atypical,
+            folder=None if workspace is None else Path(workspace),
+            resume=resume,
+            progress=progress,
+            announce=announce,
+        )
+        self.method_ = fitted.method
+        self.preparation_ = fitted.preparation
+        self.capture_limits_ = fitted.capture_limits
+        self.training_ = fitted.training
+        self.latents_ = fitted.latents
+        self.atypical_ = fitted.atypical
+        self.near_duplicates_ = fitted.near_duplicates
+        self.left_out_ = fitted.left_out
+        self.sizes_ = fitted.sizes
+        self._calibrate(fitted.calibration)
         return self
-
-    def _leave_out(self, unreadable: list[ImageError], strict: bool) -> None:
-        self.left_out_ = unreadable
-        for error in unreadable:
-            if strict:
-                raise error
-            log.warning("left out of training: %s", error)
-
-    def _extraction_engine(self, config: Any, backbone: Backbone) -> Engine:
-        """What makes the features that are cached."""
-        extractor = self._method_class.extractor(config, backbone, self._size)
-        masked = self._method_class.pools and self.preparation_.masked
-        return create_engine(extractor, self._size, self.engine, device=self.device, masked=masked)
-
-    def _made_by(self, backbone: Backbone, engine: Engine, views: Views) -> dict[str, Any]:
-        """What decides the features: an earlier run's may be used again only if all of it is the same."""
-        prepared = {
-            name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in self.preparation_.arrays().items()
-        }
-        return {
-            "backbone": backbone.digest(),
-            "levels": backbone.levels,
-            "views": views if views.count > 1 else None,
-            "preparation": {**self.preparation_.to_json(), **prepared},
-            "engine": engine.name,
-            "device": self.device,
-            "threads": cpu_threads(),
-            "libraries": {name: version(name) for name in _LIBRARIES},
-        }
-
-    def _learn(
-        self,
-        config: Any,
-        backbone: Backbone,
-        data: TrainingData,
-        images: Sequence[int],
-        groups: Sequence[int],
-        folder: Path | None,
-        progress: Progress,
-        announce: Announce,
-    ) -> GoodScores:
-        """Fits on some images and calibrates."""
-        optimises = self._method_class.optimises
-        split = split_images(data.digests, groups, images, str(self.calibration), optimises, self.seed)
-        shown: dict[str, Progress] = {"": progress}
-
-        def fit(some: Sequence[int], what: str = "") -> Method:
-            method = self._method_class(config, backbone, self._size).to(self.device)
-            of = identity(images=[data.digests[i] for i in some])
-            checkpoint = None if folder is None else folder / f"checkpoint-{of[:16]}"
-            told = shown.setdefault(what, _renamed(progress, what))
-            say = silent if what else announce
-            train(method, data, data.rows(some), seed=self.seed, progress=told, announce=say, checkpoint=checkpoint)
-            return method
-
-        self.method_ = fit(split.fitting)
-        good = good_scores(self.method_, data, split, self.seed, self.device, progress, fit)
-        self.calibration_ = Calibration(good.scores, good.peaks, split.mode)
-        self._set_threshold(self.calibration_.threshold(self.max_false_reject, self.guarantee))
-        records = [data.record(i) for i in split.fitting]
-        if self._template is not None:
-            usual = float(np.median([record["quality"] for record in records]))
-            if usual < _DOUBTFUL:
-                log.warning(
-                    "the parts are hard to align (quality %.2f): check that --register shows one of them", usual
-                )
-            lowest = max(LOWEST_QUALITY, _OF_USUAL * usual)
-            self.preparation_ = replace(self.preparation_, lowest_quality=lowest)
-        self.capture_limits_ = _limits(records)
-        digests = sorted(data.digests[i] for i in split.fitting)
-        self.training_ = {
-            "images": len(split.fitting),
-            "digest": hashlib.sha256("".join(digests).encode()).hexdigest(),
-            "seed": self.seed,
-            "engine": data.engine,
-            "libraries": {name: version(name) for name in _LIBRARIES},
-        }
-        return good
 
     def update(
         self,
@@ -353,17 +234,22 @@ class Detector:
         self._check_fitted()
         if not self.method_.updates:
             raise FlawmapError(f"{self.method} cannot learn images later: train again with all of them")
-        paths = _training_paths(source, category)
+        paths = training_paths(source, category)
         if not paths:
-            raise FlawmapError(f"no good images found in {_name(source)}: give a folder of new good images")
-        engine = self._extraction_engine(self.method_.config, self.method_.backbone)
+            raise FlawmapError(f"no good images found in {source_name(source)}: give a folder of new good images")
         with TrainingData(
-            paths, self.preparation_, engine, self.method_.backbone.medium, progress=progress, announce=announce
+            paths,
+            self.preparation_,
+            self.extraction_engine(),
+            self.method_.backbone.medium,
+            progress=progress,
+            announce=announce,
         ) as data:
-            self._leave_out(data.unreadable, strict)
+            self.left_out_ = data.unreadable
+            report_unreadable(data.unreadable, strict)
             images = list({kept: i for i, kept in reversed(list(enumerate(data.digests)))}.values())[::-1]
             if not images:
-                raise FlawmapError(f"none of the {len(paths)} images in {_name(source)} can be read")
+                raise FlawmapError(f"none of the {len(paths)} images in {source_name(source)} can be read")
             self.sizes_ = [(height, width) for height, width in (data.record(i)["size"] for i in images)]
             unseen = Split([], images, "holdout")
             good = good_scores(self.method_, data, unseen, self.seed, self.device, progress)
@@ -372,20 +258,82 @@ class Detector:
             train(self.method_, data, rows, stages, seed=self.seed, progress=progress, announce=announce)
             digests = sorted(data.digests[i] for i in images)
             records = [data.record(i) for i in images]
-        self.capture_limits_ = self.capture_limits_.joined(_limits(records))
+        self.capture_limits_ = self.capture_limits_.joined(limits(records))
         before = self.calibration_
         scores, peaks = np.append(before.scores, good.scores), np.append(before.peaks, good.peaks)
-        self.calibration_ = Calibration(scores, peaks, "crossfit")
-        self._set_threshold(self.calibration_.threshold(self.max_false_reject, self.guarantee))
+        self._calibrate(Calibration(scores, peaks, "crossfit"))
         self.training_ = {
             **self.training_,
             "images": self.training_["images"] + len(images),
+            "fitted": sorted({*self.training_["fitted"], *(kept[:SHORT] for kept in digests)}),
             "digest": hashlib.sha256("".join([self.training_["digest"], *digests]).encode()).hexdigest(),
         }
         self._inspector = None
         return self
 
-    # Thresholds
+    # Settings and thresholds
+
+    def with_settings(self, *, calibrate: bool = True, **settings: Any) -> Detector:
+        """The same detector with other values of the settings that its method lets move after training.
+
+        It is calibrated anew from the latents of the good images it was calibrated on. Without `calibrate` that waits
+        until `calibrate()` is called: maps and scores follow at once, p-values and verdicts are None till then.
+
+        Raises:
+            FlawmapError: a setting is fixed by training or not valid, or nothing was kept to calibrate from.
+        """
+        self.check_live()
+        config = self.moved_config(settings)
+        other = object.__new__(Detector)
+        other.__dict__.update(self.__dict__)
+        other.config = config
+        other.method_ = self.method_.with_settings(other.config)
+        other._inspector = None if self._inspector is None else self._inspector.moved(_Inspector(other.method_))
+        other._calibrated = False
+        return other.calibrate() if calibrate else other
+
+    def calibrate(self) -> Detector:
+        """Scores the good images kept for it once more, after `with_settings(calibrate=False)`."""
+        if not self._calibrated:
+            assert self.latents_ is not None
+            scores, peaks = self.latents_.good_scores(self.method_, self.device)
+            self._calibrate(Calibration(scores, peaks, self.calibration_.mode))
+        return self
+
+    def check_live(self) -> tuple[str, ...]:
+        """The settings that can be moved.
+
+        Raises:
+            FlawmapError: there are none, or nothing was kept to calibrate from.
+        """
+        self._check_fitted()
+        live = self._method_class.live
+        if not live:
+            raise FlawmapError(f"{self.method} has no setting that can be moved after training: train again with --set")
+        if self.latents_ is None:
+            raise FlawmapError(
+                f"{' and '.join(live)} can be moved only where good images were held out: train with --calibration "
+                "holdout or a folder"
+            )
+        return live
+
+    def moved_config(self, settings: Mapping[str, Any]) -> Any:
+        """The method's settings with some of the `live` ones moved.
+
+        Raises:
+            FlawmapError: a setting is fixed by training, or a value is not valid.
+        """
+        if fixed := [key for key in settings if key not in self._method_class.live]:
+            movable = " and ".join(self._method_class.live)
+            raise FlawmapError(
+                f"{', '.join(fixed)} of {self.method} is fixed by training (only {movable} can be moved): train again"
+            )
+        return configure(self._method_class, {**self.method_.config.model_dump(), **settings})
+
+    def _calibrate(self, calibration: Calibration) -> None:
+        self.calibration_ = calibration
+        self._calibrated = True
+        self._set_threshold(calibration.threshold(self.max_false_reject, self.guarantee))
 
     def _set_threshold(self, threshold: Threshold) -> None:
         self.threshold_ = threshold
@@ -404,6 +352,7 @@ class Detector:
             raise FlawmapError("give either a false-reject rate or a threshold")
         if max_false_reject is not None and not 0 < max_false_reject < 1:
             raise FlawmapError(f"--max-false-reject must lie between 0 and 1, got {max_false_reject}")
+        self.calibrate()
         other = object.__new__(Detector)
         other.__dict__.update(self.__dict__)
         if max_false_reject is not None:
@@ -503,7 +452,12 @@ class Detector:
         """Backbone, method and enlarging as one graph: two libraries' threads would get in each other's way."""
         if self._inspector is None:
             self._inspector = create_engine(
-                _Inspector(self.method_), self._size, self.engine, device=self.device, masked=self.preparation_.masked
+                _Inspector(self.method_),
+                self._size,
+                self.engine,
+                device=self.device,
+                masked=self.preparation_.masked,
+                given=[f"method.{name}" for name in self.method_.live_buffers],
             )
         return self._inspector
 
@@ -520,17 +474,29 @@ class Detector:
             reason = "its score is not a finite number"
         if reason is not None:
             return Inspection(path, "error", size=placement.size, error=f"{name}: {reason}")
+        known: dict[str, Any] = {
+            "score": score,
+            "size": placement.size,
+            "milliseconds": sum(output.milliseconds for output in outputs) if milliseconds is None else milliseconds,
+            "maps": maps,
+            "placement": placement,
+        }
+        if not self._calibrated:
+            return Inspection(path, None, **known)
         return Inspection(
             path,
             "defect" if score >= self.threshold_.value else "good",
-            score=score,
             p_value=self.calibration_.p_value(score),
             threshold=self.threshold_.value,
             pixel_threshold=self.pixel_threshold_,
-            size=placement.size,
-            milliseconds=sum(output.milliseconds for output in outputs) if milliseconds is None else milliseconds,
-            maps=maps,
-            placement=placement,
+            **known,
+        )
+
+    def extraction_engine(self) -> Engine:
+        """What makes the features that `method_` reads, apart from it."""
+        method = self.method_
+        return extraction_engine(
+            self._method_class, method.config, method.backbone, self.preparation_, self.engine, self.device
         )
 
     def _check_fitted(self) -> None:
@@ -538,8 +504,8 @@ class Detector:
             raise FlawmapError("this detector is not fitted: call fit(folder), or Detector.load(path)")
 
     def heat_scale(self) -> HeatScale | None:
-        """What heatmap colours mean, from good images alone; None for methods without a map."""
-        if self.pixel_threshold_ is None:
+        """What heatmap colours mean, from good images alone; None for methods without a map, or before calibration."""
+        if self.pixel_threshold_ is None or not self._calibrated:
             return None
         return HeatScale.from_good(self.calibration_.peaks, self.pixel_threshold_)
 
@@ -562,12 +528,8 @@ class Detector:
             FlawmapError: there are no labelled test images.
         """
         self._check_fitted()
-        dataset = source if isinstance(source, Dataset) else find_dataset(Path(source), category)
-        samples = [sample for sample in dataset.test if sample.label is not None]
-        if not samples:
-            raise FlawmapError(
-                f"{dataset.root} holds no labelled test images: give a folder with test/good and test/<defect>"
-            )
+        self.calibrate()
+        dataset, samples = labelled_samples(source, category)
         settings = {
             **self.settings(),
             "engine": self._inspection_engine().name,
@@ -595,6 +557,7 @@ class Detector:
         for number, (sample, inspection) in enumerate(
             zip(samples, self.stream(sample.path for sample in samples), strict=True), start=1
         ):
+            assert inspection.verdict is not None
             anomaly_map, mask, inside = _pixels(sample, inspection, full_resolution)
             yield Scored(
                 sample.kind,
@@ -620,6 +583,7 @@ class Detector:
             FlawmapError: the file cannot be written.
         """
         self._check_fitted()
+        self.calibrate()
         metadata = {
             "method": self.method,
             "config": self.method_.config.model_dump(mode="json"),
@@ -637,8 +601,13 @@ class Detector:
             "guarantee": self.guarantee,
             "training": self.training_,
         }
-        prepared = {_PREPARATION + k: torch.from_numpy(v) for k, v in self.preparation_.arrays().items()}
-        write_model(Path(path), {**self.method_.state_dict(), **prepared}, metadata)
+        kept = {_PREPARATION + k: torch.from_numpy(v) for k, v in self.preparation_.arrays().items()}
+        if self.latents_ is not None:
+            metadata["latents"] = self.latents_.digests
+            kept[f"{_LATENTS}values"] = self.latents_.values
+            if self.latents_.inside is not None:
+                kept[f"{_LATENTS}inside"] = self.latents_.inside
+        write_model(Path(path), {**self.method_.state_dict(), **kept}, metadata)
 
     @classmethod
     def load(cls, path: str | Path, *, engine: str = "auto", device: str = "auto") -> Detector:
@@ -649,6 +618,11 @@ class Detector:
         """
         tensors, metadata = read_model(Path(path))
         try:
+            if "latents" in metadata:
+                values, inside = tensors.pop(f"{_LATENTS}values"), tensors.pop(f"{_LATENTS}inside", None)
+                latents = Latents(values, inside, metadata["latents"])
+            else:
+                latents = None
             arrays = {k: tensors.pop(k).numpy() for k in list(tensors) if k.startswith(_PREPARATION)}
             preparation = Preparation.from_json(
                 metadata["preparation"], {k.removeprefix(_PREPARATION): v for k, v in arrays.items()}
@@ -672,11 +646,10 @@ class Detector:
             detector.preparation_ = preparation
             detector.capture_limits_ = CaptureLimits.from_json(metadata["captures"])
             kept = metadata["calibration"]
-            detector.calibration_ = Calibration(
-                np.array(kept["scores"], np.float32), np.array(kept["peaks"], np.float32), kept["mode"]
-            )
+            detector.latents_ = latents
             detector.training_ = metadata["training"]
-            detector._set_threshold(detector.calibration_.threshold(detector.max_false_reject, detector.guarantee))
+            scores, peaks = np.array(kept["scores"], np.float32), np.array(kept["peaks"], np.float32)
+            detector._calibrate(Calibration(scores, peaks, kept["mode"]))
             json.dumps(detector.settings())  # all that reports need is there
             if len(detector.capture_limits_.centre) not in (0, sum(backbone.channels[i] for i in backbone.medium)):
                 raise ValueError("the captures' embedding has another length than the backbone's")
@@ -729,20 +702,19 @@ def _pixels(
     return maps[0], None if mask is None else placement.project(mask)[0], None if inside.all() else inside
 
 
-def _limits(records: Sequence[dict[str, Any]]) -> CaptureLimits:
-    return CaptureLimits.learn(
-        [record["statistics"] for record in records], [record["embedding"] for record in records]
-    )
+def labelled_samples(source: str | Path | Dataset, category: str | None) -> tuple[Dataset, list[Sample]]:
+    """A data set and its labelled test images.
 
-
-def _groups(digests: Sequence[str], alike: Sequence[Sequence[int]]) -> list[int]:
-    """The number of each image's group: those of `alike`, and those with one digest."""
-    first = {digest: i for i, digest in reversed(list(enumerate(digests)))}
-    groups = [first[digest] for digest in digests]
-    for group in alike:
-        for i in group:
-            groups[i] = group[0]
-    return groups
+    Raises:
+        FlawmapError: there are none.
+    """
+    dataset = source if isinstance(source, Dataset) else find_dataset(Path(source), category)
+    samples = [sample for sample in dataset.test if sample.label is not None]
+    if not samples:
+        raise FlawmapError(
+            f"{dataset.root} holds no labelled test images: give a folder with test/good and test/<defect>"
+        )
+    return dataset, samples
 
 
 def _device(device: str) -> str:
@@ -753,7 +725,8 @@ def _device(device: str) -> str:
     return device
 
 
-def _training_paths(source: str | Path | Dataset | Sequence[str | Path], category: str | None) -> list[Path]:
+def training_paths(source: str | Path | Dataset | Sequence[str | Path], category: str | None) -> list[Path]:
+    """The good training images that a folder, a data set or a list of paths holds."""
     if isinstance(source, (str, Path)):
         source = find_dataset(Path(source), category)
     if isinstance(source, Dataset):
@@ -761,11 +734,8 @@ def _training_paths(source: str | Path | Dataset | Sequence[str | Path], categor
     return list(dict.fromkeys(Path(path) for path in source))
 
 
-def _name(source: str | Path | Dataset | Sequence[str | Path]) -> str:
+def source_name(source: str | Path | Dataset | Sequence[str | Path]) -> str:
+    """What messages call it."""
     if isinstance(source, Dataset):
         return str(source.root)
     return str(source) if isinstance(source, (str, Path)) else "the list"
-
-
-def _renamed(progress: Progress, prefix: str) -> Progress:
-    return lambda what, done, total: progress(f"calibration, {prefix}: {what}", done, total)

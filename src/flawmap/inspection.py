@@ -38,9 +38,10 @@ class Inspection:
 
     Attributes:
         path: the file; None for an array.
-        verdict: "defect" where score >= threshold, else "good"; "error" where it could not be judged.
+        verdict: "defect" where score >= threshold, else "good"; "error" where it could not be judged; None where the
+            detector is not calibrated, after `with_settings(calibrate=False)`.
         score: raw, in the method's own units, higher is more abnormal. None with "error".
-        p_value: the share of good images expected to score as high; None with "error".
+        p_value: the share of good images expected to score as high; None with "error" and where there is no verdict.
         threshold, pixel_threshold: what score and map were held against.
         size: (height, width) of the original.
         milliseconds: from pixels to verdict, this image's share of its batch.
@@ -50,7 +51,7 @@ class Inspection:
     """
 
     path: Path | None
-    verdict: Verdict
+    verdict: Verdict | None
     score: float | None = None
     p_value: float | None = None
     threshold: float | None = None

@@ -7,7 +7,8 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from typing import Any, Protocol
 
 import numpy as np
@@ -36,6 +37,10 @@ class Engine(Protocol):
         self, images: NDArray[np.float32], inside: NDArray[np.float32] | None = None
     ) -> list[NDArray[np.float32]]: ...
 
+    def moved(self, network: nn.Module) -> Engine:
+        """The same graph with the buffers `given` to it as they are in `network`, which is otherwise the same."""
+        ...
+
 
 def available_engines() -> list[str]:
     """The engines installed here, in the order in which `auto` takes them."""
@@ -58,8 +63,11 @@ def create_engine(
     device: str = "cpu",
     threads: int | None = None,
     masked: bool = False,
+    given: Sequence[str] = (),
 ) -> Engine:
     """An engine that runs `network` on images of `size` (height, width), any batch size.
+
+    The buffers named by `given` can be exchanged later, see `Engine.moved`.
 
     `auto` takes torch on a GPU and the first of `ENGINES` that is installed on a CPU. A network that cannot be turned
     into ONNX runs in torch, which is logged.
@@ -71,16 +79,21 @@ def create_engine(
     chosen = ("torch" if device != "cpu" else available_engines()[0]) if engine == "auto" else engine
     if chosen == "torch":
         return TorchEngine(network, device, masked)
-    large = {name: buffer for name, buffer in network.named_buffers() if buffer.nbytes >= _LARGE}
+    inputs = {name: tensor for name, tensor in network.named_buffers() if tensor.nbytes >= _LARGE or name in given}
     try:
-        graph = to_onnx(network, size, large, masked=masked)
+        graph = to_onnx(network, size, inputs, masked=masked)
     except Exception as error:  # the exporter raises whatever the operator it cannot express raises
         if engine != "auto":
             raise FlawmapError(f"engine {engine} cannot run this backbone ({error}): use --engine torch") from error
         log.warning("the backbone cannot be exported to ONNX (%s): it runs in torch, which is slower", error)
         return TorchEngine(network, device, masked)
-    given = {name: buffer.contiguous().numpy() for name, buffer in large.items()}
-    return (OpenVinoEngine if chosen == "openvino" else OnnxEngine)(graph, given, threads or cpu_threads(), masked)
+    values = _values(network, inputs)
+    return (OpenVinoEngine if chosen == "openvino" else OnnxEngine)(graph, values, threads or cpu_threads(), masked)
+
+
+def _values(network: nn.Module, names: Iterable[str]) -> dict[str, NDArray[Any]]:
+    buffers = dict(network.named_buffers())
+    return {name: buffers[name].contiguous().numpy() for name in names}
 
 
 def cpu_threads() -> int:
@@ -159,6 +172,9 @@ class TorchEngine:
             inputs = [torch.from_numpy(value).to(self.device) for value in _named(images, inside, self.masked).values()]
             return [output.cpu().numpy() for output in self.network(*inputs)]
 
+    def moved(self, network: nn.Module) -> Engine:
+        return TorchEngine(network, self.device, self.masked)
+
 
 class OnnxEngine:
     name = "onnxruntime"
@@ -176,8 +192,14 @@ class OnnxEngine:
     def __call__(
         self, images: NDArray[np.float32], inside: NDArray[np.float32] | None = None
     ) -> list[NDArray[np.float32]]:
-        outputs: list[NDArray[np.float32]] = self.session.run(None, {**_named(images, inside, self.masked), **self.given})
+        inputs = {**_named(images, inside, self.masked), **self.given}
+        outputs: list[NDArray[np.float32]] = self.session.run(None, inputs)
         return outputs
+
+    def moved(self, network: nn.Module) -> Engine:
+        other = copy(self)
+        other.given = _values(network, self.given)
+        return other
 
 
 class OpenVinoEngine:
@@ -198,3 +220,8 @@ class OpenVinoEngine:
     ) -> list[NDArray[np.float32]]:
         result = self.model({**_named(images, inside, self.masked), **self.given}, share_inputs=True)
         return [np.array(result[output]) for output in self.model.outputs]
+
+    def moved(self, network: nn.Module) -> Engine:
+        other = copy(self)
+        other.given = _values(network, self.given)
+        return other

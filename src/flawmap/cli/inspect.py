@@ -7,7 +7,7 @@ import io
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -26,6 +26,13 @@ _COLUMNS = ("path", "verdict", "score", "p_value", "threshold", "regions", "mill
 @click.option("--max-false-reject", type=float, help="Another false-reject rate than the model was trained for.")
 @click.option("--guarantee", type=click.Choice(["marginal", "confidence"]), help="What that rate promises.")
 @click.option("--threshold", type=float, help="A threshold on the raw score.")
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Move a setting that training leaves open; repeatable.",
+)
 @click.option("--coco", type=click.Path(path_type=Path, dir_okay=False), help="Write the regions as a COCO file.")
 @click.option("--fail-on-defect", is_flag=True, help="Exit with 4 when a defect was found.")
 @click.option("--strict", is_flag=True, help="Stop at the first image that cannot be judged.")
@@ -39,6 +46,7 @@ def inspect_command(
     max_false_reject: float | None,
     guarantee: str | None,
     threshold: float | None,
+    settings: tuple[str, ...],
     coco: Path | None,
     fail_on_defect: bool,
     strict: bool,
@@ -50,9 +58,10 @@ def inspect_command(
     With -o, each image gets a heatmap <name>_overlay.png and a 16-bit map <name>_map.png, below the same folders.
     """
     from flawmap.cli.progress import quiet_libraries
-    from flawmap.cli.train import check_output
+    from flawmap.cli.train import check_output, parse_settings
 
     quiet_libraries()
+    moved: dict[str, Any] = dict(parse_settings(settings))
     if max_false_reject is not None and threshold is not None:
         raise click.UsageError("give --max-false-reject or --threshold, not both")
     if coco is not None:
@@ -78,6 +87,8 @@ def inspect_command(
     from flawmap.detector import Detector
 
     detector = Detector.load(model, engine=engine, device=device)
+    if moved:
+        detector = detector.with_settings(**moved)
     if max_false_reject is not None:
         detector = detector.with_threshold(max_false_reject=max_false_reject, guarantee=guarantee)
     elif guarantee is not None:
@@ -92,6 +103,7 @@ def inspect_command(
     unjudged: list[Inspection] = []
     kept: list[Inspection] = []
     for (path, name), inspection in zip(found, detector.stream(path for path, _ in found), strict=True):
+        assert inspection.verdict is not None
         counts[inspection.verdict] += 1
         if inspection.verdict == "error":
             if strict:

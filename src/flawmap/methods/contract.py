@@ -93,6 +93,9 @@ class Method(nn.Module):
         updates: True where `further_stages` can add images to a trained method.
         pools: True where the extractor pools whole maps, and so has to know where an image is scored: it then takes
             (images, inside).
+        live: settings that can be moved after training, see `with_settings`.
+        searched: the values of each live setting among which the method's paper chooses.
+        live_buffers: what moves with them; inputs of the exported graph, so that it is made once.
         optimises: True where stages train by gradient; such methods hold out good images for calibration, the others
             cross-fit.
     """
@@ -104,6 +107,9 @@ class Method(nn.Module):
     updates: ClassVar[bool] = False
     positional: ClassVar[bool] = False
     pools: ClassVar[bool] = False
+    live: ClassVar[tuple[str, ...]] = ()
+    searched: ClassVar[dict[str, tuple[float, ...]]] = {}
+    live_buffers: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: Any, backbone: Backbone, size: tuple[int, int]) -> None:
         """`size` is the input size (height, width); `backbone` reads `levels(config)`."""
@@ -175,6 +181,22 @@ class Method(nn.Module):
         None, the default, where there is no closed form; calibration then refits on folds.
         """
         return None
+
+    def with_settings(self, config: Any) -> Method:
+        """This method with other values of its `live` settings; all that does not depend on them is shared."""
+        raise NotImplementedError
+
+    def latents(self, features: list[Tensor]) -> Tensor:
+        """What is left to be done from here on depends on the `live` settings: (B, T, C) float32."""
+        raise NotImplementedError
+
+    def score_latents(self, latents: Tensor, inside: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`score` from what `latents` made of the features."""
+        raise NotImplementedError
+
+    def reselect(self, latents: Tensor) -> None:
+        """Chooses what depends on the `live` settings, such as a gallery, anew among latents (N, C) of good patches."""
+        raise NotImplementedError
 
     def forward(self, images: Tensor, inside: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """images (B, 3, H, W) -> anomaly map (B, 1, H, W) and image score (B,)."""
