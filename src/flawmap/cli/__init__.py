@@ -15,6 +15,8 @@ VERBS = {
     "train": "Learn from good images and write a model file.",
     "inspect": "Say of each image whether it is good, how sure, and where the flaw is.",
     "evaluate": "Measure a model on a labelled data set.",
+    "tune": "Choose settings without test labels, on synthetic defects.",
+    "synthesize": "Make synthetic defects on good images, with masks.",
     "sample": "Draw a small data set of parts with defects.",
     "demo": "Draw a data set, train, evaluate and inspect, in under two minutes.",
     "methods": "List the methods.",

@@ -33,6 +33,11 @@ _TITLES = {
 @click.option("--json", "json_file", metavar="FILE", help="Write the figures as one flat JSON object; - is stdout.")
 @click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Write a report that opens anywhere.")
 @click.option("--full-resolution", is_flag=True, help="Pixel figures on the original pixels, not at the input size.")
+@click.option(
+    "--oracle",
+    is_flag=True,
+    help="Also print what settings chosen on the test labels would reach. Slow; for methods whose papers did so.",
+)
 @click.option("--engine", default="auto", show_default=True, help="auto, openvino, onnxruntime or torch.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 def evaluate_command(
@@ -42,6 +47,7 @@ def evaluate_command(
     json_file: str | None,
     html: Path | None,
     full_resolution: bool,
+    oracle: bool,
     engine: str,
     device: str,
 ) -> int:
@@ -61,17 +67,23 @@ def evaluate_command(
     dataset = find_dataset(data, category)
 
     from flawmap.detector import Detector
+    from flawmap.oracle import oracle_grid, oracle_table
 
     detector = Detector.load(model, engine=engine, device=device)
     with ProgressLines() as progress:
         report = detector.evaluate(dataset, full_resolution=full_resolution, progress=progress)
-    text = json.dumps(report.to_json(), indent=2)
+        grid = oracle_grid(detector, dataset, progress=progress) if oracle else None
+    text = json.dumps(report.to_json() | ({} if grid is None else grid.to_json()), indent=2)
     if json_file == "-":
         click.echo(text)
     else:
         click.echo(dataset.describe())
         click.echo(detector.threshold_.describe())
         click.echo(report_table(report))
+        if grid is not None:
+            click.echo(
+                "\n" + oracle_table(grid, {name: float(getattr(detector.config, name)) for name in grid.points[0]})
+            )
     if json_file not in (None, "-"):
         from flawmap.files import replacing
 

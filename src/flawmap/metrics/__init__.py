@@ -2,6 +2,7 @@
 
 from flawmap.metrics.aupimo import aupimo
 from flawmap.metrics.bootstrap import bootstrap_intervals
+from flawmap.metrics.correlation import partial_spearman, spearman
 from flawmap.metrics.ranking import auroc, average_precision, f1_max, precision_recall_curve, roc_curve
 from flawmap.metrics.regions import aupro, pro_curve
 from flawmap.metrics.streaming import PixelCurves, PixelFigures
@@ -18,7 +19,9 @@ __all__ = [
     "escape_rate",
     "f1_max",
     "overkill_rate",
+    "partial_spearman",
     "precision_recall_curve",
     "pro_curve",
     "roc_curve",
+    "spearman",
 ]

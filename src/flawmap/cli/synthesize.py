@@ -1,0 +1,71 @@
+"""flawmap synthesize"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+
+@click.command("synthesize")
+@click.argument("data", type=click.Path(path_type=Path))
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path, file_okay=False), required=True, help="New folder to write."
+)
+@click.option("--category", help="One category of a data set root.")
+@click.option("--count", default=100, show_default=True, help="How many defects.")
+@click.option("--seed", default=0, show_default=True, help="Another seed makes other defects.")
+@click.option("--size", type=int, metavar="PX", help="Resize images to this longer side.  [default: as they are]")
+@click.option(
+    "--roi", type=click.Path(path_type=Path), metavar="MASK", help="Region of interest: a mask, white inside."
+)
+@click.option(
+    "--textures",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Photographs of textures, instead of drawn ones.",
+)
+@click.option("--workers", type=int, help="Processes.  [default: one for each core]")
+def synthesize_command(
+    data: Path,
+    output: Path,
+    category: str | None,
+    count: int,
+    seed: int,
+    size: int | None,
+    roi: Path | None,
+    textures: Path | None,
+    workers: int | None,
+) -> int:
+    """Make synthetic defects on the good images in DATA and write them with masks, in the MVTec AD layout.
+
+    They are made on good images that are not in OUTPUT/train/good. Look at OUTPUT/contact_sheet.png.
+    """
+    from flawmap.cli.progress import ProgressLines, quiet_libraries
+    from flawmap.datasets import find_dataset
+    from flawmap.synthesis.dataset import write_defects
+
+    quiet_libraries()
+    dataset = find_dataset(data, category)
+    with ProgressLines() as progress:
+        written = write_defects(
+            dataset,
+            output,
+            count=count,
+            seed=seed,
+            size=size,
+            roi=roi,
+            textures=textures,
+            workers=workers or os.cpu_count() or 1,
+            progress=progress,
+        )
+    click.echo(written.foreground.describe())
+    click.echo(f"made from {written.held_out}")
+    click.echo(", ".join(f"{kind} {written.kinds[kind]}" for kind in sorted(written.kinds)))
+    if written.failed:
+        click.echo(f"{written.failed} defects found no place where they may lie and can be seen, and are left out")
+    click.echo(f"wrote {sum(written.kinds.values())} defects to {output}; look at {output / 'contact_sheet.png'}")
+    for line in written.unreadable:
+        click.echo(f"flawmap: {line}", err=True)
+    return 3 if written.unreadable else 0

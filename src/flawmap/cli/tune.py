@@ -1,0 +1,67 @@
+"""flawmap tune"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command("tune")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("data", type=click.Path(path_type=Path))
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path, dir_okay=False), required=True, help="Model file to write."
+)
+@click.option("--category", help="One category of a data set root.")
+@click.option(
+    "--grid",
+    "grids",
+    multiple=True,
+    metavar="KEY=A,B,C",
+    help="Values to try of a setting; repeatable.  [default: all]",
+)
+@click.option("--seed", default=0, show_default=True, help="Of the synthetic defects.")
+@click.option("--engine", default="auto", show_default=True, help="auto, openvino, onnxruntime or torch.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+def tune_command(
+    model: Path,
+    data: Path,
+    output: Path,
+    category: str | None,
+    grids: tuple[str, ...],
+    seed: int,
+    engine: str,
+    device: str,
+) -> None:
+    """Choose the settings of MODEL that training leaves open, without any test label.
+
+    Synthetic defects are made in good images of DATA that MODEL was not fitted on; the settings at which they stand out
+    most are written to a new model file, calibrated on good images that did not serve the choice.
+    """
+    from flawmap.cli.progress import ProgressLines, quiet_libraries
+    from flawmap.cli.train import check_output, parse_settings
+
+    quiet_libraries()
+    check_output(output)
+    grid = {}
+    for key, values in parse_settings(grids).items():
+        try:
+            grid[key] = [float(value) for value in values.split(",")]
+        except ValueError:
+            told = f"{key}={values!r}: give numbers, separated by commas"
+            raise click.BadParameter(told, param_hint="--grid") from None
+    from flawmap.datasets import find_dataset
+
+    dataset = find_dataset(data, category)
+
+    from flawmap.detector import Detector
+    from flawmap.tuning import tune
+
+    detector = Detector.load(model, engine=engine, device=device)
+    with ProgressLines() as progress:
+        tuned, tuning = tune(detector, dataset, grid=grid or None, seed=seed, progress=progress)
+    tuned.save(output)
+    click.echo(tuning.describe())
+    click.echo(tuned.threshold_.describe())
+    click.echo(f"wrote {output}")

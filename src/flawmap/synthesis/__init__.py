@@ -1,0 +1,22 @@
+"""Synthetic defects: masks, foregrounds, sources, blends and soft labels, as functions of arrays and a generator."""
+
+from flawmap.synthesis.defects import CLS_CNF, DRAEM, POUTA, Defect, SynthesisSettings, generator, synthesize
+from flawmap.synthesis.foreground import Foreground, find_foreground
+from flawmap.synthesis.labels import soft_label
+from flawmap.synthesis.sources import TextureFolder
+from flawmap.synthesis.textures import draw_texture
+
+__all__ = [
+    "CLS_CNF",
+    "DRAEM",
+    "POUTA",
+    "Defect",
+    "Foreground",
+    "SynthesisSettings",
+    "TextureFolder",
+    "draw_texture",
+    "find_foreground",
+    "generator",
+    "soft_label",
+    "synthesize",
+]
