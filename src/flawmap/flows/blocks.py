@@ -5,7 +5,6 @@ Everything takes vectors (N, C) as well as maps (B, C, H, W): channels are dimen
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Literal
 
@@ -57,7 +56,7 @@ class Flow(Block):
 
     def condition_number(self) -> float:
         """The largest of its mixing matrices': how many digits the inverse may lose."""
-        return max((block.condition_number() for block in self.blocks if isinstance(block, Mixing)), default=1.0)
+        return max((part.condition_number() for part in self.modules() if isinstance(part, Mixing)), default=1.0)
 
 
 class ActNorm(Block):
@@ -81,7 +80,8 @@ class ActNorm(Block):
 
     def _theta(self, scale: Tensor) -> Tensor:
         """The parameter that gives a positive scale."""
-        return 2 * torch.expm1(5 * scale).log() if self.softplus else scale.log()
+        # 2 log(exp(5 scale) - 1), whose exponential would overflow from a scale of 18 on
+        return 10 * scale + 2 * (-torch.expm1(-5 * scale)).log() if self.softplus else scale.log()
 
     def _log_scale(self) -> Tensor:
         return (0.1 * F.softplus(self.theta, beta=0.5)).log() if self.softplus else self.theta
@@ -145,8 +145,9 @@ class Mixing(Block):
             return torch.eye(len(self.order), device=self.order.device)[self.order]
         if self.kind != "lu":
             return self.matrix
-        lower = self.lower.tril(-1) + torch.eye(len(self.lower)).to(self.lower)
-        upper = self.upper.triu(1) + torch.diag(self.sign * self.log_diagonal.exp())
+        identity = torch.eye(len(self.sign)).to(self.lower)
+        lower = self.lower.tril(-1) + identity
+        upper = self.upper.triu(1) + identity * (self.sign * self.log_diagonal.exp())  # ONNX has no diag
         return self.permutation @ lower @ upper
 
     def condition_number(self) -> float:
@@ -161,7 +162,7 @@ class Mixing(Block):
         elif self.kind == "plain" and not torch.onnx.is_in_onnx_export():
             log_det = torch.linalg.slogdet(self.matrix).logabsdet
         elif self.kind == "plain":  # a constant of the graph, which has no determinants
-            log_det += math.log(abs(float(np.linalg.det(self.matrix.detach().double().numpy()))))
+            log_det += float(np.linalg.slogdet(self.matrix.detach().double().numpy())[1])
         return _product(self.weight(), x), log_det.expand_as(x[:, 0])
 
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> Tensor:

@@ -38,6 +38,7 @@ def convolutions(
     ratio: float = 1.0,
     attention: Sequence[int] = (),
     reduction: int = 16,
+    spatial_first: bool = False,
     activation: bool = True,
     zero: bool = True,
 ) -> Subnet:
@@ -48,6 +49,7 @@ def convolutions(
         ratio: width between them over the input's.
         attention: CBAM stands before the convolutions of these positions; len(kernels) is behind the last.
         reduction: of the channel attention.
+        spatial_first: the order of CBAM's two attentions.
         activation: ReLU behind every convolution but the last.
         zero: the last convolution starts at zero.
     """
@@ -57,10 +59,10 @@ def convolutions(
         sizes = [inputs, *[width] * (len(kernels) - 1), outputs]
         parts: list[nn.Module] = []
         for i, side in enumerate(kernels):
-            parts += [CBAM(sizes[i], reduction)] if i in attention else []
+            parts += [CBAM(sizes[i], reduction, spatial_first=spatial_first)] if i in attention else []
             parts.append(nn.Conv2d(sizes[i], sizes[i + 1], side, padding=side // 2))
             parts += [nn.ReLU()] if activation and i + 1 < len(kernels) else []
-        parts += [CBAM(outputs, reduction)] if len(kernels) in attention else []
+        parts += [CBAM(outputs, reduction, spatial_first=spatial_first)] if len(kernels) in attention else []
         return nn.Sequential(*_zeroed(parts, zero))
 
     return make
@@ -88,13 +90,14 @@ class Separate(nn.Module):
 
 
 class CBAM(nn.Module):
-    """Channel attention, then spatial attention: Woo et al., "CBAM", ECCV 2018.
+    """Channel attention, then spatial attention, or the other way round: Woo et al., "CBAM", ECCV 2018.
 
     (B, C, H, W) -> (B, C, H, W), each value times two factors in (0, 1).
     """
 
-    def __init__(self, channels: int, reduction: int = 16) -> None:
+    def __init__(self, channels: int, reduction: int = 16, *, spatial_first: bool = False) -> None:
         super().__init__()
+        self.spatial_first = spatial_first
         width = max(1, channels // reduction)
         self.channel = nn.Sequential(
             nn.Conv2d(channels, width, 1, bias=False), nn.ReLU(), nn.Conv2d(width, channels, 1, bias=False)
@@ -102,8 +105,15 @@ class CBAM(nn.Module):
         self.spatial = nn.Conv2d(2, 1, 7, padding=3, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        pooled = self.channel(x.mean((2, 3), keepdim=True)) + self.channel(x.amax((2, 3), keepdim=True))
-        x = x * pooled.sigmoid()
+        if self.spatial_first:
+            return self._over_channels(self._over_positions(x))
+        return self._over_positions(self._over_channels(x))
+
+    def _over_channels(self, x: Tensor) -> Tensor:
+        pooled: Tensor = self.channel(x.mean((2, 3), keepdim=True)) + self.channel(x.amax((2, 3), keepdim=True))
+        return x * pooled.sigmoid()
+
+    def _over_positions(self, x: Tensor) -> Tensor:
         described = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)  # (B, 2, H, W)
         attention: Tensor = self.spatial(described)
         return x * attention.sigmoid()
@@ -112,7 +122,7 @@ class CBAM(nn.Module):
 def position_code(channels: int, height: int, width: int) -> Tensor:
     """(channels, height, width): sines and cosines of the column, then of the row, interleaved (CFLOW-AD, Section 4.2).
 
-    Frequencies fall from 1 to 1e-4 in channels / 4 steps; `channels` is a multiple of four.
+    Each has channels / 4 frequencies, which fall from 1 towards 1e-4; `channels` is a multiple of four.
     """
     half = channels // 2
     frequencies = torch.exp(torch.arange(0, half, 2, dtype=torch.float64) * -(math.log(1e4) / half))  # (half / 2,)
