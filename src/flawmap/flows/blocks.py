@@ -118,6 +118,7 @@ class Mixing(Block):
     def __init__(self, channels: int, kind: MixingKind = "plain") -> None:
         super().__init__()
         self.kind = kind
+        self._kept: tuple[Tensor, Tensor] | None = None  # weight and inverse
         if kind == "permutation":
             self.register_buffer("order", torch.randperm(channels))
             self.order: Tensor
@@ -172,7 +173,16 @@ class Mixing(Block):
             return _product(self.matrix.T, z)
         if torch.onnx.is_in_onnx_export():  # as above
             return _product(torch.from_numpy(np.linalg.inv(self.weight().detach().double().numpy())).to(z), z)
-        return _product(torch.linalg.inv(self.weight().double()).to(z), z)
+        return _product(self._inverse().to(z), z)
+
+    def _inverse(self) -> Tensor:
+        """In float64. That of weights that nobody trains is kept: a large one takes longer than all else."""
+        weight = self.weight().double()
+        if self._kept is not None and not weight.requires_grad and torch.equal(self._kept[0], weight):
+            return self._kept[1]
+        inverse: Tensor = torch.linalg.inv(weight)
+        self._kept = None if weight.requires_grad else (weight.clone(), inverse)
+        return inverse
 
 
 def _of(x: Tensor, channels: Tensor) -> Tensor:
