@@ -324,14 +324,16 @@ def _optimise(
         _reseed(*seeds, epoch)
         rng = np.random.default_rng([*seeds, epoch])
         order = rng.permutation(np.asarray(rows))
+        values: list[float] = []
         if views > 1:
             order = order + rng.integers(views, size=len(order))
         for part in batches(order.tolist(), stage.batch_size):
             losses = stage.loss(*load(part))
             for loss in [losses] if isinstance(losses, Tensor) else losses:
-                if not bool(torch.isfinite(loss)):
+                values.append(float(loss.detach()))
+                if not math.isfinite(values[-1]):
                     raise FlawmapError(
-                        f"training diverged: the loss of {stage.name} is {loss.item()} at step {step + 1} of {steps}; "
+                        f"training diverged: the loss of {stage.name} is {values[-1]} at step {step + 1} of {steps}; "
                         "lower --set learning_rate=..."
                     )
                 optimiser.zero_grad(set_to_none=not stage.keep_gradients)
@@ -343,8 +345,8 @@ def _optimise(
                 schedule.step()
             step += 1
             progress(stage.name, step, steps)
-        if stage.after_epoch is not None:
-            announce(f"{stage.name}, epoch {epoch + 1} of {stage.epochs}: {stage.after_epoch()}")
+        more = "" if stage.after_epoch is None else f", {stage.after_epoch()}"
+        announce(f"{stage.name}, epoch {epoch + 1} of {stage.epochs}: loss {np.mean(values):.4g}{more}")
         state.save(stages=seeds[1] - 1, epochs=epoch + 1, optimiser=optimiser, schedule=schedule)
 
 

@@ -97,6 +97,9 @@ def inspect_command(
         detector = detector.with_threshold(threshold=threshold)
     write = _Writer(form, max(len(str(path)) for path, _ in found))
     click.echo(detector.threshold_.describe(), err=True)
+    if not detector.method_.localises and (output is not None or coco is not None):
+        click.echo(f"flawmap: {detector.method} says nothing of where a flaw is: no heatmaps and regions", err=True)
+        output = None
     if output is not None:
         make_folder(output)
     counts = {"good": 0, "defect": 0, "error": 0}

@@ -152,7 +152,9 @@ class Mixing(Block):
         return self.permutation @ lower @ upper
 
     def condition_number(self) -> float:
-        return float(np.linalg.cond(self.weight().detach().cpu().double().numpy()))
+        """Of W; nan where W is not finite."""
+        weight = self.weight().detach().cpu().double().numpy()
+        return float(np.linalg.cond(weight)) if np.isfinite(weight).all() else float("nan")
 
     def at_positions(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if self.kind == "permutation":

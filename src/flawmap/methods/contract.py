@@ -62,7 +62,7 @@ class Optimise:
         views: an epoch takes one of the rotated views of every input, see `Method.views`; else the input as it is.
         keep_gradients: parameters that a step does not reach have a gradient of zero, with which optimisers go on by
             momentum, as PyTorch did before 2.0; else they rest.
-        after_epoch: says in a few words how it goes, such as the value of a learnt radius.
+        after_epoch: what the line about an epoch adds to its mean loss, such as the value of a learnt radius.
     """
 
     name: str

@@ -32,7 +32,11 @@ class Entry:
 METHODS: dict[str, Entry] = {
     entry.name: entry
     for entry in (
+        Entry("cainnflow", "flawmap.methods.cainnflow:CAINNFlow", "Yan et al., arXiv 2206.01992"),
         Entry("cfa", "flawmap.methods.cfa:CFA", "Lee et al., IEEE Access 2022"),
+        Entry("cflow", "flawmap.methods.cflow:CFlow", "Gudovskiy et al., WACV 2022"),
+        Entry("differnet", "flawmap.methods.differnet:DifferNet", "Rudolph et al., WACV 2021"),
+        Entry("f2r", "flawmap.methods.f2r:F2R", "Zhu et al., IEEE Access 2023"),
         Entry("padim", "flawmap.methods.padim:PaDiM", "Defard et al., ICPR 2021"),
         Entry("patchcore", "flawmap.methods.patchcore:PatchCore", "Roth et al., CVPR 2022"),
     )
