@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from feature_maps import LEVELS, SIZE, drawn_features, small_trunk
-from flawmap import FlawmapError
+from flawmap import Detector, FlawmapError
 from flawmap.backbones import create_backbone, create_engine
 from flawmap.flows import ActNorm, Coupling, Mixing
 from flawmap.methods import Collect, Optimise, configure
@@ -407,3 +407,47 @@ def test_the_papers_preset_trains(trunk):
     assert method.channels == 64
     assert torch.equal(method.scale, torch.ones(64))
     assert len(method.index) == 19  # a tenth
+
+
+@pytest.mark.parametrize("balance", [0.0, 0.5, 1.0])
+def test_levels_weigh_by_their_channels_or_alike(trunk, balance):
+    features = drawn_features(6)
+    f = patches(features, fit(trunk, features, epochs=0, components=0, balance=balance)).reshape(-1, 64)
+    np.testing.assert_allclose(f.mean(0), 0, atol=1e-5)
+    first, second = f[:, :24].var(), f[:, 24:].var()  # of one channel of each level
+    assert first / second == pytest.approx((40 / 24) ** balance, rel=1e-4)
+    assert first * 24**balance == pytest.approx((64 / 2) ** balance, rel=1e-4)
+
+
+def test_components_are_those_of_the_largest_variance(trunk):
+    features = drawn_features(6)
+    full = patches(features, fit(trunk, features, epochs=0, components=0)).reshape(-1, 64)
+    first = patches(features, fit(trunk, features, epochs=0, components=10)).reshape(-1, 10)
+    singular = np.linalg.svd(full - full.mean(0), compute_uv=False)
+    np.testing.assert_allclose(np.linalg.norm(first, axis=0), singular[:10], rtol=1e-4)
+    np.testing.assert_allclose(np.cov(first, rowvar=False) - np.diag(first.var(0, ddof=1)), 0, atol=1e-3)
+
+
+QUICK = {"image_size": 64, "engine": "torch", "epochs": 3, "views": 2, "steps": 2, "components": 8, "max_vectors": 40}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(drawn, tmp_path_factory):
+    path = tmp_path_factory.mktemp("whole") / "m"
+    Detector("f2r", **QUICK).fit(drawn).save(path)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("at", [("moments", 9), ("flow", 3), ("flow", 6), ("gallery", 9)])
+def test_a_training_that_was_stopped_goes_on_to_the_same_file(drawn, uninterrupted, tmp_path, at):
+    class Stop(Exception):
+        pass
+
+    def stop(what, done, total):
+        if (what, done) == at:
+            raise Stop
+
+    with pytest.raises(Stop):
+        Detector("f2r", **QUICK).fit(drawn, workspace=tmp_path / "work", progress=stop)
+    Detector("f2r", **QUICK).fit(drawn, workspace=tmp_path / "work", resume=True).save(tmp_path / "m")
+    assert (tmp_path / "m").read_bytes() == uninterrupted

@@ -117,9 +117,15 @@ class FeatureCache:
 
     def commit(self, digest: str, rows: int, record: Any) -> None:
         """The next `rows` rows written are those of the image `digest`; `record` is kept with it as JSON."""
-        with (self.folder / "index").open("ab") as file:
-            file.write(json.dumps([digest, rows, record]).encode() + b"\n")
-        self._register(digest, rows, record)
+        self.commit_all([(digest, rows, record)])
+
+    def commit_all(self, images: Sequence[tuple[str, int, Any]]) -> None:
+        """`commit` of several images, of which a kill leaves all or none."""
+        lines = [json.dumps(image).encode() + b"\n" for image in images]
+        with (self.folder / "index").open("ab", buffering=0) as file:
+            file.write(b"".join(lines))
+        for image in images:
+            self._register(*image)
 
     def read(self, rows: Sequence[int]) -> list[NDArray[Any]]:
         """The maps (B, ...) of some rows, float32 or bool."""

@@ -131,12 +131,15 @@ class TrainingData:
                     what = f"features of {len(missing)} images{self.views.describe()}"
                     announce(f"{what}: {expected * self._cache.row_bytes / 1e6:.0f} MB on disk while training")
                     told = True
+            whole = []
             for picture in batch.pictures:
                 assert picture.path is not None
                 if picture.error is not None:
                     errors[picture.path] = picture.error
                 else:
-                    self._commit(digests[picture.path], picture, pooled)
+                    whole.append(self._described(digests[picture.path], picture, pooled))
+            # A batch at once: what is resumed is cut into the same batches, on whose size torch's last digits depend.
+            self._cache.commit_all(whole)
             done += len(batch.pictures)
             progress("features", done, len(digests))
         for path in paths:
@@ -146,7 +149,10 @@ class TrainingData:
                 self.paths.append(path)
                 self.digests.append(digests[path])
 
-    def _commit(self, digest: str, picture: Picture, pooled: list[NDArray[np.float32]]) -> None:
+    def _described(
+        self, digest: str, picture: Picture, pooled: list[NDArray[np.float32]]
+    ) -> tuple[str, int, dict[str, Any]]:
+        """What is committed of an image whose windows are written."""
         assert picture.placement is not None
         assert picture.statistics is not None
         assert picture.fingerprint is not None
@@ -159,7 +165,7 @@ class TrainingData:
             "fingerprint": base64.b64encode(picture.fingerprint.astype(np.float16).tobytes()).decode(),
             "quality": None if picture.placement.alignment is None else picture.placement.alignment.quality,
         }
-        self._cache.commit(digest, picture.windows * self.views.count, record)
+        return digest, picture.windows * self.views.count, record
 
     def record(self, image: int) -> dict[str, Any]:
         """What is known of one image: its size (H, W), the statistics of the capture, its embedding, its alignment."""

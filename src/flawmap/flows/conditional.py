@@ -23,15 +23,17 @@ class PositionalMLP(nn.Module):
     for each row to what the first layer makes of the channels. That takes a third of the work.
 
     Args:
-        inputs, outputs: channels, those of the code included; the layer between is twice as wide as `inputs`.
+        inputs, outputs: channels, those of the code included.
+        hidden: width of the layer between, over `inputs`.
         code: (K, h, w), as `position_code` gives it.
         zero: the last layer starts at zero.
     """
 
-    def __init__(self, inputs: int, outputs: int, code: Tensor, *, zero: bool) -> None:
+    def __init__(self, inputs: int, outputs: int, code: Tensor, *, hidden: float, zero: bool) -> None:
         super().__init__()
-        self.first = nn.Linear(inputs, 2 * inputs)
-        self.last = nn.Linear(2 * inputs, outputs)
+        width = max(1, round(hidden * inputs))
+        self.first = nn.Linear(inputs, width)
+        self.last = nn.Linear(width, outputs)
         if zero:
             nn.init.zeros_(self.last.weight)
             nn.init.zeros_(self.last.bias)
@@ -48,7 +50,7 @@ class PositionalMLP(nn.Module):
             flat: Tensor = self.last(self.first(x).relu())
             return flat
         channels, columns, rows = self.first.weight.split(self.sizes, 1)
-        places = (columns @ self.columns)[:, None] + (rows @ self.rows)[:, :, None]  # (2 inputs, h, w)
+        places = (columns @ self.columns)[:, None] + (rows @ self.rows)[:, :, None]  # (width, h, w)
         hidden = F.conv2d(x, channels[:, :, None, None], self.first.bias) + places
         return F.conv2d(hidden.relu(), self.last.weight[:, :, None, None], self.last.bias)
 
@@ -59,6 +61,7 @@ def conditional_flow(
     blocks: int = 8,
     *,
     code: int = 128,
+    hidden: float = 2.0,
     two_sided: bool = False,
     zero: bool = False,
 ) -> Flow:
@@ -72,13 +75,14 @@ def conditional_flow(
         grid: (h, w).
         blocks: 8 in CFLOW-AD, 6 in CLS-CNFs.
         code: K, channels of the position code, a multiple of four.
+        hidden: width of the subnets' middle layer over that of their input.
         two_sided: couplings change both halves, as Fig. 3 of CLS-CNFs draws them.
         zero: the couplings start as the identity, and so the flow as a rotation.
     """
     places = position_code(code, *grid)
 
     def subnet(inputs: int, outputs: int) -> nn.Module:
-        return PositionalMLP(inputs, outputs, places, zero=zero)
+        return PositionalMLP(inputs, outputs, places, hidden=hidden, zero=zero)
 
     return Flow(
         block

@@ -30,7 +30,6 @@ here.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -42,7 +41,7 @@ from torch import Tensor, nn
 
 from flawmap.backbones import Backbone, default_deep_levels, default_levels, levels_at
 from flawmap.flows import ActNorm, Block, Clamp, Coupling, Flow, Mixing, Separate, Subnet, convolutions
-from flawmap.methods.contract import Config, Method, Optimise, Stage
+from flawmap.methods.contract import Config, Method, Optimise, Stage, epochs_within
 from flawmap.methods.smoothing import Enlarge, on_grid, within
 
 _ATTENTION = {"CAC": (2, (1,)), "CA": (1, (1,)), "AC": (1, (0,)), "CC": (2, ())}
@@ -185,9 +184,7 @@ class CAINNFlow(Method):
 
     def stages(self, images: int) -> Iterator[Stage]:
         config = self.config
-        epochs = config.epochs
-        if config.max_steps:
-            epochs = min(epochs, math.ceil(config.max_steps / math.ceil(images / config.batch_size)))
+        epochs = epochs_within(config.max_steps, config.epochs, images, config.batch_size)
         device = next(self.flows.parameters()).device
         self.flows = self._flows().to(device)
         for norm in self.norms:

@@ -39,7 +39,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from flawmap.backbones import Backbone, levels_at
-from flawmap.methods.contract import Collect, Config, Method, Optimise, Stage
+from flawmap.methods.contract import Collect, Config, Method, Optimise, Stage, epochs_within
 from flawmap.methods.patches import fused
 from flawmap.methods.smoothing import Enlarge, on_grid, within
 from flawmap.neighbours import k_means, k_nearest, nearest, search_index
@@ -161,9 +161,7 @@ class CFA(Method):
         else:
             nn.init.kaiming_normal_(self.descriptor.weight)  # He initialisation
         yield self._memory(images)
-        epochs = self.config.epochs
-        if self.config.max_steps:
-            epochs = min(epochs, math.ceil(self.config.max_steps / math.ceil(images / self.config.batch_size)))
+        epochs = epochs_within(self.config.max_steps, self.config.epochs, images, self.config.batch_size)
         if epochs:
             trainable = [*self.descriptor.parameters(), self.radius]
             yield Optimise(

@@ -20,6 +20,7 @@ can be):
   before smoothing. It leaves the log-determinant out, which takes back some of what z says: a flow stretches what is
   unusual less. It also reads a deeper level beside those of the map (`deep_levels=` for none). The map's own values are
   flat where defects are strong. `image_score=density` is -log p; `image_score=map` is the paper's, the map's largest.
+- Subnets are half as wide (`hidden=2`).
 - There are fewer epochs, of smaller batches at a larger learning rate (`epochs`, `max_steps`, `batch_size`,
   `learning_rate`).
 
@@ -42,7 +43,7 @@ from torch import Tensor, nn
 from flawmap.backbones import Backbone, default_deep_levels, levels_at
 from flawmap.flows import position_code
 from flawmap.flows.conditional import conditional_flow, standard_normal
-from flawmap.methods.contract import Collect, Config, Method, Optimise, Stage
+from flawmap.methods.contract import Collect, Config, Method, Optimise, Stage, epochs_within
 from flawmap.methods.smoothing import Enlarge, on_grid, within
 
 _CODE = 128  # channels of the position code
@@ -60,6 +61,7 @@ class CFlowConfig(Config):
     pool: int = Field(3, ge=1, description="side of the neighbourhood that is averaged, odd")
     whiten: bool = Field(True, description="whitened vectors and flows that start as a rotation")
     blocks: int = Field(8, ge=1, description="of each flow")
+    hidden: float = Field(1.0, gt=0, description="width of the subnets' middle layer over that of their input")
     two_sided: bool = Field(False, description="a block changes both halves of the channels")
     loss: Literal["sigmoid", "plain"] = Field("sigmoid", description="-log sigmoid(log p / C), or -log p / C")
     fibres: int = Field(0, ge=0, description="vectors in a step, of one level; 0: all of a batch, of all levels")
@@ -82,6 +84,7 @@ class CFlow(Method):
             "deep_levels": (),
             "pool": 1,
             "whiten": False,
+            "hidden": 2.0,
             "fibres": 256,
             "shared_adam": True,
             "image_score": "map",
@@ -121,7 +124,15 @@ class CFlow(Method):
         """A flow for each level, freshly drawn."""
         config = self.config
         return nn.ModuleList(
-            conditional_flow(channels, grid, config.blocks, code=_CODE, two_sided=config.two_sided, zero=config.whiten)
+            conditional_flow(
+                channels,
+                grid,
+                config.blocks,
+                code=_CODE,
+                hidden=config.hidden,
+                two_sided=config.two_sided,
+                zero=config.whiten,
+            )
             for channels, grid in zip(self.backbone.channels, self.grids, strict=True)
         )
 
@@ -156,9 +167,7 @@ class CFlow(Method):
         self.flows = self._flows().to(self.peaks.device)
         if config.whiten:
             yield self._whitening()
-        epochs = config.epochs
-        if config.max_steps:
-            epochs = min(epochs, math.ceil(config.max_steps / math.ceil(images / config.batch_size)))
+        epochs = epochs_within(config.max_steps, config.epochs, images, config.batch_size)
         yield Optimise(
             "flows",
             self.fibre_losses if config.fibres else self.loss,

@@ -5,6 +5,7 @@ A method owns no loop. `stages()` yields what has to happen, in order; `flawmap.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -80,6 +81,11 @@ class Optimise:
 
 
 Stage = Collect | Optimise
+
+
+def epochs_within(max_steps: int, epochs: int, images: int, batch_size: int) -> int:
+    """`epochs`, or fewer where they would take more than `max_steps` steps; 0 is no limit."""
+    return min(epochs, math.ceil(max_steps / math.ceil(images / batch_size))) if max_steps else epochs
 
 
 class Method(nn.Module):

@@ -8,11 +8,12 @@ Where this differs from the paper, and the setting that takes the difference bac
 
 - The default backbone is read at 1/8, 1/16 and 1/32 (`levels`), a WideResNet-50-2 as in the paper at `layer2,layer3`.
   Levels are not averaged over neighbours (`patch_pool=3`), which blurs the deepest.
-- Channels are standardised (`standardise=false`), and f is their first principal components (`components=0`), since T
-  costs the square of their number.
+- Channels are standardised (`standardise=false`), and scaled down in levels that have many of them, halfway to equal
+  weight of all levels (`balance=0`); f is their first principal components (`components=0`), since T costs the square
+  of their number.
 - Training is shorter, in larger and smaller steps, each of which sees some patches of every image (`epochs`,
-  `learning_rate`, `batch_size`, `positions=0`: all). Every image has a set number of rotated views (`views`), whose
-  features are computed once, where the paper draws a rotation anew each time.
+  `max_steps`, `learning_rate`, `batch_size`, `positions=0`: all). Every image has a set number of rotated views
+  (`views`), whose features are computed once, where the paper draws a rotation anew each time.
 - The likelihood weighs `gamma` 0.01: it is a sum over channels, and the paper's 0.001 belongs to 1536 of them.
 - The gallery keeps 10 % of the patches, as one quoted run of PatchCore does, but no more than `max_vectors`.
 - alpha and beta are one fixed choice, where the paper takes the best of 169 on each object's test labels.
@@ -43,7 +44,7 @@ from flawmap.backbones import Backbone, default_levels, levels_at
 from flawmap.backbones.catalogue import DEFAULT_BACKBONE
 from flawmap.errors import FlawmapError
 from flawmap.flows import ActNorm, Block, Coupling, Flow, Mixing, mlp
-from flawmap.methods.contract import Collect, Config, Method, Optimise, Stage
+from flawmap.methods.contract import Collect, Config, Method, Optimise, Stage, epochs_within
 from flawmap.methods.patches import fused
 from flawmap.methods.smoothing import Enlarge, on_grid, within
 from flawmap.neighbours import k_center_greedy, nearest, search_index
@@ -58,6 +59,7 @@ class F2RConfig(Config):
     stride: int = Field(8, ge=1, description="input pixels between patches, or those of the finest level if more")
     patch_pool: int = Field(1, ge=1, description="side of the neighbourhood that is averaged, odd")
     standardise: bool = Field(True, description="each channel to zero mean and unit variance over good patches")
+    balance: float = Field(0.5, ge=0, le=1, description="standardised channels weigh alike at 0, levels at 1")
     components: int = Field(80, ge=0, description="principal components of f that are kept; 0: f itself")
     steps: int = Field(6, ge=1, description="flow steps of T")
     actnorm: bool = Field(True, description="activation normalisation in each step")
@@ -78,6 +80,7 @@ class F2RConfig(Config):
     reselect: bool = Field(False, description="the gallery is chosen among reverted patches, for each alpha and beta")
     image_score: Literal["map", "patch"] = Field("map", description="largest value after, or before smoothing")
     epochs: int = Field(30, ge=0, description="passes over the training images")
+    max_steps: int = Field(600, ge=0, description="fewer passes where they would take more steps; 0: no limit")
     positions: int = Field(256, ge=0, description="patches of each image that a step sees; 0: all")
     batch_size: int = Field(8, ge=1, description="images in a step")
     learning_rate: float = Field(1e-3, gt=0, description="of AdamW, at the start of a cosine")
@@ -102,6 +105,7 @@ class F2R(Method):
             "max_candidates": 10_000_000,
             "reselect": True,
             "epochs": 300,
+            "max_steps": 0,
             "positions": 0,
             "batch_size": 32,
             "learning_rate": 2e-4,
@@ -286,13 +290,15 @@ class F2R(Method):
             yield self._moments()
         if self.config.epochs:
             self.auxiliary = self._auxiliary().to(self.shift.device)
-            yield self._training()
+            yield self._training(images)
             self.auxiliary = None
         yield self._collection(images)
 
     def _moments(self) -> Collect:
         """Shift and scale of the channels, and the axes on which most of f lies."""
-        width = len(self.shift)
+        width, channels = len(self.shift), self.backbone.channels
+        shares = torch.cat([torch.full((n,), n * len(channels) / width, dtype=torch.float64) for n in channels])
+        weights = shares ** (-self.config.balance / 2)  # (D,)
         first, second = torch.zeros(width, dtype=torch.float64), torch.zeros(width, width, dtype=torch.float64)
         count = 0
 
@@ -313,7 +319,7 @@ class F2R(Method):
             if self.config.standardise:
                 std = covariance.diagonal().clamp_min(0).sqrt()
                 # A channel that good parts hardly use must not drown the others as soon as a part does use it.
-                scale = 1 / std.clamp_min(0.1 * float(std.mean()) + 1e-12)
+                scale = weights / std.clamp_min(0.1 * float(std.mean()) + 1e-12)
                 self.scale.copy_(scale.to(self.scale))
                 covariance = covariance * scale[:, None] * scale
             if self.axes is not None:
@@ -332,14 +338,15 @@ class F2R(Method):
             networks["position"] = _mlp(self.parts[1], self.channels, self.grid[0] * self.grid[1])
         return networks
 
-    def _training(self) -> Optimise:
+    def _training(self, images: int) -> Optimise:
+        config = self.config
         assert self.auxiliary is not None
         return Optimise(
             "flow",
             self.loss,
             [*self.flow.parameters(), *self.auxiliary.parameters()],
-            self.config.epochs,
-            self.config.batch_size,
+            epochs_within(config.max_steps, config.epochs, images, config.batch_size),
+            config.batch_size,
             self._optimiser,
             lambda optimiser, steps: torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps),
             views=True,
