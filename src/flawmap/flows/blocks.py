@@ -83,15 +83,16 @@ class ActNorm(Block):
         # 2 log(exp(5 scale) - 1), whose exponential would overflow from a scale of 18 on
         return 10 * scale + 2 * (-torch.expm1(-5 * scale)).log() if self.softplus else scale.log()
 
-    def _log_scale(self) -> Tensor:
+    def log_scale(self) -> Tensor:
+        """(C,): the logarithm of each channel's scale."""
         return (0.1 * F.softplus(self.theta, beta=0.5)).log() if self.softplus else self.theta
 
     @torch.no_grad()
     def _initialise(self, x: Tensor) -> None:
         values = x.transpose(0, 1).flatten(1)  # (C, N)
         std, mean = torch.std_mean(values, 1, correction=0)
-        # Channels that are silent in one batch would be blown up in the next.
-        scale = 1 / std.clamp_min(1e-2 * float(std.mean())).clamp_min(1e-6)
+        # Channels that are silent in one batch would be blown up in the next, and so would all where all are.
+        scale = 1 / std.clamp_min(1e-2 * float(std.mean())) if float(std.mean()) > 1e-6 else torch.ones_like(std)
         self.theta.copy_(self._theta(scale))
         self.offset.copy_(-mean * scale)
         self.initialised.fill_(True)
@@ -99,11 +100,11 @@ class ActNorm(Block):
     def at_positions(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if self.training and not bool(self.initialised):
             self._initialise(x)
-        log_scale = self._log_scale()
+        log_scale = self.log_scale()
         return x * _of(x, log_scale.exp()) + _of(x, self.offset), log_scale.sum().expand_as(x[:, 0])
 
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> Tensor:
-        return (z - _of(z, self.offset)) * _of(z, (-self._log_scale()).exp())
+        return (z - _of(z, self.offset)) * _of(z, (-self.log_scale()).exp())
 
 
 class Mixing(Block):

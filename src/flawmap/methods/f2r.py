@@ -199,7 +199,7 @@ class F2R(Method):
         matrix = torch.empty(0)
         for block in self.flow.blocks:
             if isinstance(block, ActNorm):
-                scale, offset = block._log_scale().exp(), block.offset
+                scale, offset = block.log_scale().exp(), block.offset
             elif isinstance(block, Mixing):
                 weight = block.weight().to(scale)
                 matrix, offset = weight * scale, weight @ offset
