@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from flawmap.backbones import Backbone, default_deep_levels, default_levels, levels_at
 from flawmap.flows import ActNorm, Block, Clamp, Coupling, Flow, Mixing, Separate, Subnet, convolutions
 from flawmap.methods.contract import Config, Method, Optimise, Stage, epochs_within
-from flawmap.methods.smoothing import Enlarge, on_grid, within
+from flawmap.methods.smoothing import Enlarge, largest, on_grid
 
 _ATTENTION = {"CAC": (2, (1,)), "CA": (1, (1,)), "AC": (1, (0,)), "CC": (2, ())}
 """How many convolutions, and before which CBAM stands: Eqs. 11, 9, 10 and 12."""
@@ -225,8 +225,7 @@ class CAINNFlow(Method):
         values = self._averaged(found, config.image_logdet)
         if config.image_score == "map":
             return anomaly_map, self.enlarge(values, inside).amax((1, 2, 3))
-        scored = None if inside is None else on_grid(inside, self.grid)
-        return anomaly_map, within(values, scored).amax((1, 2, 3))
+        return anomaly_map, largest(values, inside)
 
     def _averaged(self, found: Sequence[tuple[Tensor, Tensor]], share: float) -> Tensor:
         """(B, 1, h, w): levels averaged on the finest grid, with a share of the log-determinant."""

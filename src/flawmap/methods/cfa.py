@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from flawmap.backbones import Backbone, levels_at
 from flawmap.methods.contract import Collect, Config, Method, Optimise, Stage, epochs_within
 from flawmap.methods.patches import fused
-from flawmap.methods.smoothing import Enlarge, on_grid, within
+from flawmap.methods.smoothing import Enlarge, largest, on_grid
 from flawmap.neighbours import k_means, k_nearest, nearest, search_index
 
 _PER_CENTRE, _MOST = 100, 100_000  # patches that K-means sees: of each centre, and in all
@@ -319,8 +319,7 @@ class CFA(Method):
         anomaly_map = scores.view(-1, 1, *self.grid)
         if self.config.image_score == "map":
             return anomaly_map, self.enlarge(anomaly_map, inside).amax((1, 2, 3))
-        scored = None if inside is None else on_grid(inside, self.grid)
-        return anomaly_map, within(anomaly_map, scored).amax((1, 2, 3))
+        return anomaly_map, largest(anomaly_map, inside)
 
     def enlarge(self, anomaly_map: Tensor, inside: Tensor | None = None) -> Tensor:
         enlarged: Tensor = self.resize(anomaly_map, inside)

@@ -44,7 +44,7 @@ from flawmap.backbones import Backbone, default_deep_levels, levels_at
 from flawmap.flows import position_code
 from flawmap.flows.conditional import conditional_flow, standard_normal
 from flawmap.methods.contract import Collect, Config, Method, Optimise, Stage, epochs_within
-from flawmap.methods.smoothing import Enlarge, on_grid, within
+from flawmap.methods.smoothing import Enlarge, largest, on_grid, within
 
 _CODE = 128  # channels of the position code
 _RIDGE = 1e-2  # of the mean variance: few images leave directions without any
@@ -256,8 +256,7 @@ class CFlow(Method):
         for (log_p, half_square), count in zip(found, channels, strict=True):
             values = half_square if self.config.image_score == "latent" else -log_p
             total = total + self._on_grid(values, inside) * (count / sum(channels))
-        scored = None if inside is None else on_grid(inside, self.grid)
-        return anomaly_map, within(total, scored).amax((1, 2, 3))
+        return anomaly_map, largest(total, inside)
 
     def _on_grid(self, values: Tensor, inside: Tensor | None) -> Tensor:
         """(B, 1, h, w) on the map's grid; what is not scored does not spread."""

@@ -46,7 +46,7 @@ from flawmap.errors import FlawmapError
 from flawmap.flows import ActNorm, Block, Coupling, Flow, Mixing, mlp
 from flawmap.methods.contract import Collect, Config, Method, Optimise, Stage, epochs_within
 from flawmap.methods.patches import fused
-from flawmap.methods.smoothing import Enlarge, on_grid, within
+from flawmap.methods.smoothing import Enlarge, largest, on_grid
 from flawmap.neighbours import k_center_greedy, nearest, search_index
 
 _ROWS = 16_384  # patches that T takes at a time
@@ -241,8 +241,7 @@ class F2R(Method):
         anomaly_map = nearest(queries, self.index)[0].view(-1, 1, *self.grid)
         if self.config.image_score == "map":
             return anomaly_map, self.enlarge(anomaly_map, inside).amax((1, 2, 3))
-        scored = None if inside is None else on_grid(inside, self.grid)
-        return anomaly_map, within(anomaly_map, scored).amax((1, 2, 3))
+        return anomaly_map, largest(anomaly_map, inside)
 
     def enlarge(self, anomaly_map: Tensor, inside: Tensor | None = None) -> Tensor:
         enlarged: Tensor = self.resize(anomaly_map, inside)

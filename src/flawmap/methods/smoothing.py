@@ -64,3 +64,8 @@ def within(maps: Tensor, inside: Tensor | None) -> Tensor:
     largest = torch.finfo(maps.dtype).max
     lowest = torch.where(inside > 0, maps, torch.full_like(maps, largest)).amin((2, 3), keepdim=True)
     return torch.where(inside > 0, maps, lowest)
+
+
+def largest(maps: Tensor, inside: Tensor | None) -> Tensor:
+    """The largest value (B,) of maps (B, 1, h, w) in the cells that `inside` (B, 1, H, W), at the input size, holds."""
+    return within(maps, None if inside is None else on_grid(inside, maps.shape[-2:])).amax((1, 2, 3))
