@@ -24,7 +24,7 @@ from flawmap.training import Progress, quiet
 
 DEFECTS = 4
 """Synthetic defects made from each good image."""
-_ENOUGH, _FEWEST = 20, 3  # good images to tune on
+_ENOUGH, _FEWEST = 20, 4  # good images to tune on
 _LOOKED_AT = 20  # images by which it is decided whether they show a part on a ground
 _LIMIT = 0.3  # of the false-positive rate, as AUPRO's
 _STRIDE = 4  # every so many good pixels give their distribution
