@@ -153,7 +153,7 @@ def _write(path, pixels):
 
 def test_half_of_the_held_out_images_tune_where_no_others_are_there(drawn, tmp_path):
     detector = Detector("f2r", calibration="holdout", **SMALL).fit(
-        sorted((drawn / "train" / "good").iterdir()) + _shifted(drawn, tmp_path, 30)
+        sorted((drawn / "train" / "good").iterdir()) + _shifted(drawn, tmp_path, 48)
     )
     held_out = set(detector.latents_.digests)
     tuned, tuning = tune(detector, tmp_path, grid={"beta": [0.2, 1.0]})
