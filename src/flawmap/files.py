@@ -7,9 +7,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from flawmap.errors import FlawmapError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 @contextmanager
@@ -31,6 +34,33 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def claim_folder(folder: Path) -> None:
+    """Makes a folder for a data set to be written to.
+
+    Raises:
+        FlawmapError: it is a file, or not empty.
+        OSError: it cannot be made.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise FlawmapError(f"{folder}: is a file; give a new or an empty folder")
+    if folder.is_dir() and (present := sorted(entry.name for entry in folder.iterdir())):
+        more = f" and {len(present) - 1} more" if len(present) > 1 else ""
+        raise FlawmapError(f"{folder}: is not empty ({present[0]}{more}); give a new or an empty folder")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def write_png(path: Path, image: Image) -> None:
+    """One picture of many, its folder made if need be: unlike `replacing` it does not wait for the disk.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")  # a killed run leaves no half image under a final name
+    image.save(partial, format="PNG", compress_level=1)
+    partial.replace(path)
 
 
 def unwritable(path: Path, error: OSError) -> FlawmapError:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from flawmap.datasets import Dataset, Sample
 from flawmap.detector import Detector, labelled_samples
 from flawmap.fitting import SHORT
-from flawmap.images import as_pixels, digest, read_image, read_mask
+from flawmap.images import digest, read_image, read_mask
 from flawmap.metrics import partial_spearman, spearman
 from flawmap.sweep import FIGURES, Labelled, Sweep
 from flawmap.training import Progress, quiet
@@ -102,7 +102,7 @@ def oracle_grid(
     known = [sample.path for sample in dataset.train if digest(sample.path)[:SHORT] in fitted]
     candidates = None
     if len(known) == detector.training_["images"]:
-        good = (Labelled(as_pixels(read_image(path)), False) for path in known)
+        good = (Labelled(read_image(path), False) for path in known)
         with Sweep(method, good, len(known), *shared) as sweep:
             candidates = sweep.patches(_CANDIDATES)
     points = grid_points(method.searched)
@@ -118,7 +118,7 @@ def oracle_grid(
 
 
 def _labelled(sample: Sample) -> Labelled:
-    pixels = as_pixels(read_image(sample.path))
+    pixels = read_image(sample.path)
     mask = None
     if sample.label == 1 and sample.mask is not None:
         mask = read_mask(sample.mask, (pixels.shape[0], pixels.shape[1]))

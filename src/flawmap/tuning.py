@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,12 +13,12 @@ from flawmap.datasets import Dataset
 from flawmap.detector import Detector, source_name, training_paths
 from flawmap.errors import FlawmapError
 from flawmap.fitting import SHORT
-from flawmap.images import as_pixels, digest, read_image
+from flawmap.images import digest
 from flawmap.methods import Method, configure
 from flawmap.oracle import Point, grid_points
 from flawmap.preparation import Preparation
 from flawmap.sweep import Labelled, Sweep
-from flawmap.synthesis import find_foreground, generator, synthesize
+from flawmap.synthesis import GoodImages, find_foreground, generator, synthesize
 from flawmap.training import Progress, quiet
 
 DEFECTS = 4
@@ -75,7 +74,7 @@ class Tuning:
 def synthetic_images(paths: Sequence[Path], preparation: Preparation, seed: int) -> Iterator[Labelled]:
     """Each good image, followed by up to `DEFECTS` copies with a synthetic defect each, on the part and where it is
     scored."""
-    others = _Read(paths)
+    others = GoodImages(paths)
     foreground = find_foreground(others[i] for i in range(min(len(paths), _LOOKED_AT)))
     white = preparation.preprocessing.white
     for number in range(len(paths)):
@@ -89,19 +88,6 @@ def synthetic_images(paths: Sequence[Path], preparation: Preparation, seed: int)
             defect = synthesize(pixels, rng, others, region=region, white=white)
             if (placement.project(defect.mask) & inside).any():
                 yield Labelled(defect.image, True, defect.mask)
-
-
-class _Read(Sequence[NDArray[Any]]):
-    """Images read as they are asked for."""
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = paths
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: Any) -> Any:
-        return as_pixels(read_image(self.paths[index]))
 
 
 def tune(

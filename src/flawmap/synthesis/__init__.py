@@ -3,7 +3,7 @@
 from flawmap.synthesis.defects import CLS_CNF, DRAEM, POUTA, Defect, SynthesisSettings, generator, synthesize
 from flawmap.synthesis.foreground import Foreground, find_foreground
 from flawmap.synthesis.labels import soft_label
-from flawmap.synthesis.sources import TextureFolder
+from flawmap.synthesis.sources import GoodImages, TextureFolder
 from flawmap.synthesis.textures import draw_texture
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "POUTA",
     "Defect",
     "Foreground",
+    "GoodImages",
     "SynthesisSettings",
     "TextureFolder",
     "draw_texture",

@@ -20,12 +20,12 @@ from PIL import Image
 
 from flawmap.datasets import Dataset
 from flawmap.errors import FlawmapError, ImageError
-from flawmap.files import unwritable
+from flawmap.files import claim_folder, unwritable, write_png
 from flawmap.images import find_images, infer_white, read_image, read_mask, resize_mask
 from flawmap.synthesis.contact_sheet import contact_sheet
 from flawmap.synthesis.defects import Defect, generator, synthesize
 from flawmap.synthesis.foreground import Foreground, find_foreground
-from flawmap.synthesis.sources import TextureFolder
+from flawmap.synthesis.sources import KEPT, GoodImages, TextureFolder, read_kept
 from flawmap.synthesis.textures import draw_texture
 
 Progress = Callable[[str, int, int], None]
@@ -35,7 +35,6 @@ _Result = TypeVar("_Result")
 _LOOKED_AT = 20  # images that the foreground is found in
 _SHOWN = 48  # defects on the contact sheet
 _CHUNK = 8  # tasks a worker takes at a time
-_READ = 16  # images a worker keeps
 
 
 @dataclass(frozen=True)
@@ -99,10 +98,10 @@ def write_defects(
     tell = progress or (lambda what, done, total: None)
     train, held, held_out = _split(dataset)
     white = infer_white([*train, *held])
-    for cached in (_read, _region, _texture_folder):  # files may have changed under the same names
+    for cached in (read_kept, _region, _texture_folder):  # files may have changed under the same names
         cached.cache_clear()
     try:
-        _claim(output)
+        claim_folder(output)
         with _Workers(workers) as run:
             unreadable: list[str] = []
             folders = {"train": train, "test": held}
@@ -120,8 +119,6 @@ def write_defects(
             step = -(-len(others) // _LOOKED_AT)
             foreground = find_foreground(read_image(path) for path in others[::step])
             maker = _Maker(output, good["test"], others, foreground, roi, textures, white, seed)
-            for folder in (output / "test" / "synthetic", output / "ground_truth" / "synthetic"):
-                folder.mkdir(parents=True)
             kinds = []
             for done, kind in enumerate(run(maker, range(count)), 1):
                 tell("defects", done, count)
@@ -131,7 +128,7 @@ def write_defects(
             raise FlawmapError(f"{output}: no defect could be placed; check that the region of interest meets the part")
         shown = made[:: -(-len(made) // _SHOWN)]
         sheet = contact_sheet((_read_defect(output, number, kind) for number, kind in shown), white=white)
-        _save(output / "contact_sheet.png", sheet)
+        write_png(output / "contact_sheet.png", sheet)
     except OSError as error:
         raise unwritable(Path(error.filename or output), error) from error
     except BrokenProcessPool as error:
@@ -173,41 +170,23 @@ class _Maker:
     def __call__(self, number: int) -> str:
         path = self.bases[number % len(self.bases)]
         defect = synthesize(
-            _read(path),
+            read_kept(path),
             generator(self.seed, number),
-            _Images(self.others),
+            GoodImages(self.others),
             region=_region(path, self.foreground, self.roi),
             textures=draw_texture if self.textures is None else _texture_folder(self.textures),
             white=self.white,
         )
         if defect.kind != "none":
             image, mask = _names(self.output, number, defect.kind)
-            _save(image, Image.fromarray(defect.image))
-            _save(mask, Image.fromarray(defect.mask.astype(np.uint8) * np.uint8(255)))
+            write_png(image, Image.fromarray(defect.image))
+            write_png(mask, Image.fromarray(defect.mask.astype(np.uint8) * np.uint8(255)))
         return defect.kind
 
 
-class _Images(Sequence[Any]):
-    """Images on disk, each read when it is asked for."""
-
-    def __init__(self, paths: tuple[Path, ...]) -> None:
-        self.paths = paths
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: Any) -> Any:
-        return _read(self.paths[index])
-
-
-@lru_cache(_READ)
-def _read(path: Path) -> NDArray[Any]:
-    return read_image(path)
-
-
-@lru_cache(_READ)
+@lru_cache(KEPT)
 def _region(path: Path, foreground: Foreground, roi: Path | None) -> NDArray[np.bool_]:
-    image = _read(path)
+    image = read_kept(path)
     region = foreground.mask(image)
     return region if roi is None else region & resize_mask(read_mask(roi), region.shape)
 
@@ -228,7 +207,7 @@ def _write_good(folder: Path, size: int | None, task: tuple[int, Path]) -> str |
     if size is None:
         shutil.copyfile(path, folder / f"{name}{path.suffix.lower()}")
     else:
-        _save(folder / f"{name}.png", Image.fromarray(_resized(pixels, size)))
+        write_png(folder / f"{name}.png", Image.fromarray(_resized(pixels, size)))
     return None
 
 
@@ -250,21 +229,6 @@ def _names(output: Path, number: int, kind: str) -> tuple[Path, Path]:
 def _read_defect(output: Path, number: int, kind: str) -> Defect:
     image, mask = _names(output, number, kind)
     return Defect(read_image(image), read_mask(mask), kind)
-
-
-def _save(path: Path, image: Image.Image) -> None:
-    partial_file = path.with_name(path.name + ".partial")  # a killed run leaves no half image under a final name
-    image.save(partial_file, format="PNG", compress_level=1)
-    partial_file.replace(path)
-
-
-def _claim(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise FlawmapError(f"{folder}: is a file; give a new or an empty folder")
-    if folder.is_dir() and (present := sorted(entry.name for entry in folder.iterdir())):
-        more = f" and {len(present) - 1} more" if len(present) > 1 else ""
-        raise FlawmapError(f"{folder}: is not empty ({present[0]}{more}); give a new or an empty folder")
-    folder.mkdir(parents=True, exist_ok=True)
 
 
 class _Workers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from PIL import Image
 
 from flawmap.errors import FlawmapError
 from flawmap.images import find_images, read_image
+
+KEPT = 16
+"""Images that a process keeps."""
 
 Textures = Callable[[np.random.Generator, tuple[int, int]], NDArray[np.uint8]]
 """(rng, (H, W)) -> uint8 (H, W, 3). `flawmap.synthesis.textures.draw_texture` is one, a `TextureFolder` another."""
@@ -34,6 +38,25 @@ class TextureFolder:
 
     def __call__(self, rng: np.random.Generator, size: tuple[int, int]) -> NDArray[np.uint8]:
         return fitted(read_image(self.paths[rng.integers(len(self.paths))]), size)
+
+
+@lru_cache(KEPT)
+def read_kept(path: Path) -> NDArray[Any]:
+    """`read_image`, the last few of which this process keeps."""
+    return read_image(path)
+
+
+class GoodImages(Sequence[Any]):
+    """Images on disk, each read when it is asked for."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: Any) -> Any:
+        return read_kept(self.paths[index])
 
 
 def another_image(

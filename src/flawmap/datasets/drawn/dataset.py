@@ -18,6 +18,7 @@ from flawmap.datasets.drawn.lighting import sample_light, shade
 from flawmap.datasets.drawn.noise import Plane
 from flawmap.datasets.drawn.surface import Surface
 from flawmap.errors import FlawmapError
+from flawmap.files import claim_folder, write_png
 
 SMALLEST = 64  # pixels; below it threads, yarns and legs are finer than the picture
 CHANGED = 5 / 255  # a pixel belongs to the mask from this difference on, about that of the sensor's noise
@@ -111,17 +112,17 @@ def draw_dataset(
             raise FlawmapError(f"{name} is {value}; give 0 or more")
     directory = Path(directory)
     try:
-        _claim(directory)
+        claim_folder(directory)
         wanted = [("train", None, train), ("test", None, good), *(("test", d, per_defect) for d in KINDS[kind].defects)]
         for split, defect, count in wanted:
             label = defect or "good"
             stream = zlib.crc32(f"{kind}/{split}/{label}".encode())
             for index in range(count):
                 image, mask = draw_part(kind, defect, np.random.default_rng([seed, stream, index]), size)
-                _write(directory / split / label / f"{index:03d}.png", image)
+                write_png(directory / split / label / f"{index:03d}.png", Image.fromarray(image))
                 if defect is not None:
                     grey = mask.astype(np.uint8) * np.uint8(255)
-                    _write(directory / "ground_truth" / label / f"{index:03d}_mask.png", grey)
+                    write_png(directory / "ground_truth" / label / f"{index:03d}_mask.png", Image.fromarray(grey))
     except OSError as error:
         raise FlawmapError(
             f"{error.filename or directory}: cannot be written ({error.strerror}); make room or give another folder"
@@ -133,24 +134,6 @@ def _check(kind: str, size: int) -> None:
         raise FlawmapError(f"{kind!r} is not a kind of part that can be drawn; choose one of {', '.join(KINDS)}")
     if size < SMALLEST:
         raise FlawmapError(f"size is {size} pixels; give {SMALLEST} or more")
-
-
-def _claim(directory: Path) -> None:
-    if directory.is_dir():
-        present = sorted(entry.name for entry in directory.iterdir())
-        if present:
-            more = f" and {len(present) - 1} more" if len(present) > 1 else ""
-            raise FlawmapError(f"{directory}: is not empty ({present[0]}{more}); give a new or an empty folder")
-    elif directory.exists():
-        raise FlawmapError(f"{directory}: is a file; give a new or an empty folder")
-    directory.mkdir(parents=True, exist_ok=True)
-
-
-def _write(path: Path, pixels: NDArray[np.uint8]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")  # a killed run leaves no half image under a final name
-    Image.fromarray(pixels).save(partial, format="PNG", compress_level=1)
-    partial.replace(path)
 
 
 def _mask(difference: Plane) -> NDArray[np.bool_]:
