@@ -240,10 +240,6 @@ class CAINNFlow(Method):
             total = total + values * (count / sum(channels) if self.config.weights == "channels" else 1 / len(found))
         return total
 
-    def enlarge(self, anomaly_map: Tensor, inside: Tensor | None = None) -> Tensor:
-        enlarged: Tensor = self.resize(anomaly_map, inside)
-        return enlarged
-
     @torch.no_grad()
     def with_noise(
         self, features: list[Tensor], places: Sequence[tuple[float, float]], *, strength: float = 3.0, seed: int = 0

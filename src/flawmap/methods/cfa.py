@@ -40,6 +40,7 @@ from torch import Tensor, nn
 
 from flawmap.backbones import Backbone, levels_at
 from flawmap.methods.contract import Collect, Config, Method, Optimise, Stage, epochs_within
+from flawmap.methods.moments import Moments
 from flawmap.methods.patches import fused
 from flawmap.methods.smoothing import Enlarge, largest, on_grid
 from flawmap.neighbours import k_means, k_nearest, nearest, search_index
@@ -187,26 +188,17 @@ class CFA(Method):
     def _whitening(self) -> Collect:
         """Patches turned onto their principal axes, and scaled so that their mean square length is one."""
         width = len(self.shift)
-        first, second = torch.zeros(width, dtype=torch.float64), torch.zeros(width, width, dtype=torch.float64)
-        count = 0
+        moments = Moments(width)
 
         def update(features: list[Tensor], inside: Tensor | None) -> None:
-            nonlocal count
-            patches = torch.cat(self._scored(self.patches(features), inside))  # (N, D)
-            if not count:
-                self.shift.copy_(patches.mean(0))  # keeps the sums small, so that their difference keeps its digits
-            patches = patches - self.shift
-            first.add_(patches.sum(0).cpu())
-            second.add_((patches.T @ patches).cpu())
-            count += len(patches)
+            moments.update(torch.cat(self._scored(self.patches(features), inside)))  # (N, D)
 
         def close(progress: Callable[[int, int], None]) -> None:
-            mean = first / count
-            variances, axes = torch.linalg.eigh(second / count - mean[:, None] * mean)
+            variances, axes = torch.linalg.eigh(moments.covariance())
             variances, axes = variances.flip(0).clamp_min(0), axes.flip(1)  # largest first: gamma_d keeps those
             scale = (variances + _RIDGE * variances.mean() + 1e-12).rsqrt() / math.sqrt(width)
             assert self.rotation is not None
-            self.shift.add_(mean.to(self.shift))
+            self.shift.copy_(moments.mean())
             self.rotation.copy_(axes * scale)
             progress(1, 1)
 
@@ -320,10 +312,6 @@ class CFA(Method):
         if self.config.image_score == "map":
             return anomaly_map, self.enlarge(anomaly_map, inside).amax((1, 2, 3))
         return anomaly_map, largest(anomaly_map, inside)
-
-    def enlarge(self, anomaly_map: Tensor, inside: Tensor | None = None) -> Tensor:
-        enlarged: Tensor = self.resize(anomaly_map, inside)
-        return enlarged
 
 
 def coordinates(height: int, width: int) -> Tensor:

@@ -44,6 +44,7 @@ from flawmap.backbones import Backbone, default_deep_levels, levels_at
 from flawmap.flows import position_code
 from flawmap.flows.conditional import conditional_flow, standard_normal
 from flawmap.methods.contract import Collect, Config, Method, Optimise, Stage, epochs_within
+from flawmap.methods.moments import Moments
 from flawmap.methods.smoothing import Enlarge, largest, on_grid, within
 
 _CODE = 128  # channels of the position code
@@ -183,22 +184,16 @@ class CFlow(Method):
     def _whitening(self) -> Collect:
         """Mean and principal axes of each level's vectors."""
         channels = self.backbone.channels
-        first = [torch.zeros(c, dtype=torch.float64) for c in channels]
-        second = [torch.zeros(c, c, dtype=torch.float64) for c in channels]
-        count = [0] * len(channels)
+        moments = [Moments(c) for c in channels]
 
         def update(features: list[Tensor], inside: Tensor | None) -> None:
-            for i, level in enumerate(self.pooled(features)):
-                vectors = vectors_inside(level, inside)[0].double().cpu()  # (N, C)
-                first[i] += vectors.sum(0)
-                second[i] += vectors.T @ vectors
-                count[i] += len(vectors)
+            for of, level in zip(moments, self.pooled(features), strict=True):
+                of.update(vectors_inside(level, inside)[0])  # (N, C)
 
         def close(progress: Callable[[int, int], None]) -> None:
-            for i, (whitening, n) in enumerate(zip(self.whitenings, count, strict=True)):
-                mean = first[i] / n
-                whitening.fit(mean, second[i] / n - mean[:, None] * mean)  # type: ignore[operator]
-                progress(i + 1, len(count))
+            for done, (whitening, of) in enumerate(zip(self.whitenings, moments, strict=True), start=1):
+                whitening.fit(of.mean(), of.covariance())  # type: ignore[operator]
+                progress(done, len(moments))
 
         return Collect("whitening", update, close, peak_bytes=4 * 8 * sum(c * c for c in channels))
 
@@ -265,10 +260,6 @@ class CFlow(Method):
         if values.shape[-2:] == self.grid:
             return values
         return F.interpolate(values, size=self.grid, mode="bilinear", align_corners=False)
-
-    def enlarge(self, anomaly_map: Tensor, inside: Tensor | None = None) -> Tensor:
-        enlarged: Tensor = self.resize(anomaly_map, inside)
-        return enlarged
 
 
 class Whitening(nn.Module):

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from flawmap.backbones import Backbone
+from flawmap.methods.smoothing import Enlarge
 
 Inputs = Literal["features", "images"]
 
@@ -93,6 +94,7 @@ class Method(nn.Module):
 
     Attributes:
         Config: the settings' type.
+        resize: made by each method that has a map, with its grid and smoothing.
         presets: named settings; "paper" is the printed set-up.
         localises: False for methods that score images only; they have no map.
         positional: True where each position of the input is learnt apart, so that parts have to be aligned.
@@ -116,6 +118,8 @@ class Method(nn.Module):
     live: ClassVar[tuple[str, ...]] = ()
     searched: ClassVar[dict[str, tuple[float, ...]]] = {}
     live_buffers: ClassVar[tuple[str, ...]] = ()
+
+    resize: Enlarge
 
     def __init__(self, config: Any, backbone: Backbone, size: tuple[int, int]) -> None:
         """`size` is the input size (height, width); `backbone` reads `levels(config)`."""
@@ -175,11 +179,12 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def enlarge(self, anomaly_map: Tensor, inside: Tensor | None = None) -> Tensor:
-        """(B, 1, h, w) -> (B, 1, H, W) at the input size, smoothed as the method's paper does.
+        """(B, 1, h, w) -> (B, 1, H, W) at the input size, smoothed as the method's paper does, by `resize`.
 
         Outside `inside` lies the smallest value inside.
         """
-        raise NotImplementedError
+        enlarged: Tensor = self.resize(anomaly_map, inside)
+        return enlarged
 
     def leave_one_out(self, features: list[Tensor], inside: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
         """`score` of training images as if each had been left out of training, in closed form.

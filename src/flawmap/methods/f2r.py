@@ -45,6 +45,7 @@ from flawmap.backbones.catalogue import DEFAULT_BACKBONE
 from flawmap.errors import FlawmapError
 from flawmap.flows import ActNorm, Block, Coupling, Flow, Mixing, mlp
 from flawmap.methods.contract import Collect, Config, Method, Optimise, Stage, epochs_within
+from flawmap.methods.moments import Moments
 from flawmap.methods.patches import fused
 from flawmap.methods.smoothing import Enlarge, largest, on_grid
 from flawmap.neighbours import k_center_greedy, nearest, search_index
@@ -243,10 +244,6 @@ class F2R(Method):
             return anomaly_map, self.enlarge(anomaly_map, inside).amax((1, 2, 3))
         return anomaly_map, largest(anomaly_map, inside)
 
-    def enlarge(self, anomaly_map: Tensor, inside: Tensor | None = None) -> Tensor:
-        enlarged: Tensor = self.resize(anomaly_map, inside)
-        return enlarged
-
     @torch.no_grad()
     def with_settings(self, config: F2RConfig) -> F2R:
         """The gallery's patches stay those chosen in training, and are reverted anew."""
@@ -298,23 +295,15 @@ class F2R(Method):
         width, channels = len(self.shift), self.backbone.channels
         shares = torch.cat([torch.full((n,), n * len(channels) / width, dtype=torch.float64) for n in channels])
         weights = shares ** (-self.config.balance / 2)  # (D,)
-        first, second = torch.zeros(width, dtype=torch.float64), torch.zeros(width, width, dtype=torch.float64)
-        count = 0
+        moments = Moments(width)
 
         def update(features: list[Tensor], inside: Tensor | None) -> None:
-            nonlocal count
             patches = fused(self._pooled(features), self.grid).flatten(0, 1)  # (B*h*w, D)
-            if inside is not None:
-                patches = patches[on_grid(inside, self.grid).flatten() > 0]
-            patches = patches.double()
-            first.add_(patches.sum(0).cpu())
-            second.add_((patches.T @ patches).cpu())
-            count += len(patches)
+            moments.update(patches if inside is None else patches[on_grid(inside, self.grid).flatten() > 0])
 
         def close(progress: Callable[[int, int], None]) -> None:
-            mean = first / count
-            covariance = second / count - mean[:, None] * mean
-            self.shift.copy_(mean.to(self.shift))
+            covariance = moments.covariance()
+            self.shift.copy_(moments.mean())
             if self.config.standardise:
                 std = covariance.diagonal().clamp_min(0).sqrt()
                 # A channel that good parts hardly use must not drown the others as soon as a part does use it.

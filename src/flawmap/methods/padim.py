@@ -243,7 +243,3 @@ class PaDiM(Method):
             )
         anomaly_map = squares.sum(2).sqrt().T.unflatten(1, (1, *self.grid))  # (B, 1, h, w)
         return anomaly_map, self.enlarge(anomaly_map, inside).amax((1, 2, 3))
-
-    def enlarge(self, anomaly_map: Tensor, inside: Tensor | None = None) -> Tensor:
-        enlarged: Tensor = self.resize(anomaly_map, inside)
-        return enlarged

@@ -235,7 +235,3 @@ class PatchCore(Method):
     @staticmethod
     def _mixed(shallow: Tensor, deep: Tensor, share: float) -> Tensor:
         return (1 - share) * shallow + share * deep
-
-    def enlarge(self, anomaly_map: Tensor, inside: Tensor | None = None) -> Tensor:
-        enlarged: Tensor = self.resize(anomaly_map, inside)
-        return enlarged
