@@ -21,7 +21,8 @@ from flawmap.datasets.drawn import draw_dataset
 from flawmap.images import Preprocessing, infer_white
 from flawmap.methods import METHODS, Optimise, Stage, configure, method_class
 from flawmap.preparation import Preparation
-from flawmap.training import TrainingData, train
+from flawmap.training import train
+from flawmap.training_data import TrainingData
 from flawmap.views import Views
 
 

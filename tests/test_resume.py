@@ -16,7 +16,8 @@ from flawmap.backbones import create_backbone, create_engine
 from flawmap.images import Preprocessing
 from flawmap.methods import Collect, Method, Optimise
 from flawmap.preparation import Preparation
-from flawmap.training import TrainingData, train
+from flawmap.training import train
+from flawmap.training_data import TrainingData
 
 SIZE = (32, 32)
 EPOCHS, BATCH, IMAGES = 5, 4, 10

@@ -11,11 +11,13 @@ from torch import nn
 from flawmap import FlawmapError, ImageError
 from flawmap.backbones import create_backbone, create_engine
 from flawmap.feature_cache import FeatureCache
+from flawmap.good_scores import folds
 from flawmap.images import Preprocessing
 from flawmap.methods import Method, Optimise
 from flawmap.preparation import Preparation
 from flawmap.reading import read_batches
-from flawmap.training import TrainingData, folds, train
+from flawmap.training import train
+from flawmap.training_data import TrainingData
 
 SIZE = (32, 32)
 

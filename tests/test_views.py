@@ -13,7 +13,8 @@ from flawmap.geometry import Geometry
 from flawmap.images import Preprocessing
 from flawmap.methods import Method, Optimise
 from flawmap.preparation import Preparation
-from flawmap.training import TrainingData, train
+from flawmap.training import train
+from flawmap.training_data import TrainingData
 from flawmap.views import Views, _rotated
 
 SIZE = (32, 48)

@@ -36,7 +36,8 @@ from flawmap.model_file import read_model, write_model
 from flawmap.preparation import Preparation, read_region, read_template
 from flawmap.reading import BATCH, Batch, Picture, read_batches
 from flawmap.report.overlays import HeatScale
-from flawmap.training import Announce, Progress, TrainingData, quiet, silent, train
+from flawmap.training import train
+from flawmap.training_data import Announce, Progress, TrainingData, quiet, silent
 
 log = logging.getLogger(__name__)
 
@@ -495,9 +496,7 @@ class Detector:
     def extraction_engine(self) -> Engine:
         """What makes the features that `method_` reads, apart from it."""
         method = self.method_
-        return extraction_engine(
-            self._method_class, method.config, method.backbone, self.preparation_, self.engine, self.device
-        )
+        return extraction_engine(method.extracting(), method.pools, self.preparation_, self.engine, self.device)
 
     def _check_fitted(self) -> None:
         if not hasattr(self, "method_"):

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
 from flawmap.backbones import Backbone, Engine, create_backbone, create_engine
 from flawmap.backbones.engines import cpu_threads
@@ -25,7 +26,8 @@ from flawmap.latents import Latents
 from flawmap.methods import Method
 from flawmap.preparation import LOWEST_QUALITY, Preparation
 from flawmap.registration import Template
-from flawmap.training import Announce, Progress, TrainingData, silent, train
+from flawmap.training import train
+from flawmap.training_data import Announce, Progress, TrainingData, silent
 from flawmap.views import Views
 from flawmap.workspace import identity, work_in
 
@@ -123,7 +125,11 @@ def fit(
     preprocessing = Preprocessing(recipe.size, mean, std, infer_white([*paths, *further]))  # type: ignore[arg-type]
     preparation = Preparation(preprocessing, recipe.image_size, recipe.geometry, recipe.region, recipe.template)
     views = Views(*kind.views(config), recipe.seed)
-    engine = extraction_engine(kind, config, backbone, preparation, recipe.engine, recipe.device)
+
+    def engine_of(extractor: nn.Module) -> Engine:
+        return extraction_engine(extractor, kind.pools, preparation, recipe.engine, recipe.device)
+
+    engine = engine_of(kind.extractor(config, backbone, recipe.size))
     made_by = _made_by(recipe, backbone, preparation, engine, views)
     run = {**made_by, "method": recipe.method, "config": config, "seed": recipe.seed, "images": [*paths, *further]}
     with (
@@ -137,6 +143,7 @@ def fit(
             folder=folder,
             identity=identity(**made_by),
             half=kind.optimises,
+            retuned=lambda method: engine_of(method.extracting()),
             progress=progress,
             announce=announce,
         ) as data,
@@ -163,9 +170,9 @@ def fit(
             method, split, good = learning.learn(images)
         latents = None
         if kind.live and split.mode != "crossfit":
-            latents = Latents.of(method, data, good.images, recipe.device)
+            latents = Latents.of(method, data.of(method), good.images, recipe.device)
         calibration = Calibration(good.scores, good.peaks, split.mode)
-        records = [data.record(i) for i in split.fitting]
+        records = [data.of(method).record(i) for i in split.fitting]
         digests = sorted(data.digests[i] for i in split.fitting)
         return Fitted(
             method,
@@ -223,13 +230,9 @@ class _Learning:
         return method, split, good_scores(method, data, split, recipe.seed, recipe.device, self.progress, fit)
 
 
-def extraction_engine(
-    kind: type[Method], config: Any, backbone: Backbone, preparation: Preparation, engine: str, device: str
-) -> Engine:
-    """What makes the features that are cached."""
-    extractor = kind.extractor(config, backbone, preparation.size)
-    masked = kind.pools and preparation.masked
-    return create_engine(extractor, preparation.size, engine, device=device, masked=masked)
+def extraction_engine(extractor: nn.Module, pools: bool, preparation: Preparation, engine: str, device: str) -> Engine:
+    """What makes the features that are cached; `pools` as `Method.pools`."""
+    return create_engine(extractor, preparation.size, engine, device=device, masked=pools and preparation.masked)
 
 
 def report_unreadable(unreadable: Sequence[ImageError], strict: bool) -> None:

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from flawmap.errors import FlawmapError
 from flawmap.images import find_images
 from flawmap.methods import Method
-from flawmap.training import COLLECTED, Progress, TrainingData, batches, folds, on_device
+from flawmap.training_data import COLLECTED, Progress, TrainingData, batches, on_device
 
 # Leaving out a third of many images changes a bank as little as leaving out a fifth of few.
 _FOLDS, _FOLDS_OF_MANY, _MANY = 5, 3, 150
@@ -114,13 +114,14 @@ def good_scores(
     """Scores the held-out images with `method`, or each training image with a method that `fit` makes without it."""
     found: dict[str, tuple[int, float, float]] = {}
 
-    def score(by: Callable[[list[Tensor], Tensor | None], tuple[Tensor, Tensor] | None], images: Sequence[int]) -> None:
+    def score(method: Method, images: Sequence[int], closed: bool = False) -> None:
         owners = [i for i in images for _ in data.rows([i])]
         best: dict[int, tuple[float, float]] = {}
+        read = data.of(method).features
         for part, of in zip(batches(data.rows(images), COLLECTED), batches(owners, COLLECTED), strict=True):
-            features, inside = on_device(data.features(part), device)
+            features, inside = on_device(read(part), device)
             with torch.inference_mode():
-                scored = by(features, inside)
+                scored = (method.leave_one_out if closed else method.score)(features, inside)
                 assert scored is not None
                 peaks = method.enlarge(scored[0], inside).amax((1, 2, 3)).tolist()
             for image, value, peak in zip(of, scored[1].tolist(), peaks, strict=True):
@@ -135,17 +136,17 @@ def good_scores(
     total = len(set(digests))
     if split.mode != "crossfit":
         for some in batches(images, COLLECTED):
-            score(method.score, some)
+            score(method, some)
     elif _has_closed_form(method, data, images, device):
         for some in batches(images, COLLECTED):
-            score(method.leave_one_out, some)
+            score(method, some, closed=True)
     else:
         parts = folds([split.groups[i] for i in images], _FOLDS if len(images) < _MANY else _FOLDS_OF_MANY, seed)
         assert fit is not None
         for number, fold in enumerate(parts, start=1):
             left = {images[i] for i in fold}
             refit = fit([i for i in images if i not in left], f"fold {number} of {len(parts)}")
-            score(refit.score, sorted(left))
+            score(refit, sorted(left))
     rows = list(found.values())
     peaks = np.array([row[2] for row in rows] if method.localises else [], np.float32)
     return GoodScores([row[0] for row in rows], np.array([row[1] for row in rows], np.float32), peaks)
@@ -160,3 +161,16 @@ def _has_closed_form(method: Method, data: TrainingData, images: Sequence[int], 
         return False
     with torch.inference_mode():
         return method.leave_one_out(*on_device(data.features(data.rows(images[:1])), device)) is not None
+
+
+def folds(groups: Sequence[Any], count: int, seed: int) -> list[list[int]]:
+    """Splits positions into `count` folds of nearly equal size; positions of one group (equal values) stay together."""
+    members: dict[Any, list[int]] = {}
+    for position, group in enumerate(groups):
+        members.setdefault(group, []).append(position)
+    order = np.random.default_rng(seed).permutation(len(members))
+    keys = list(members)
+    split: list[list[int]] = [[] for _ in range(min(count, len(members)))]
+    for turn, key in enumerate(order):
+        split[turn % len(split)] += members[keys[key]]
+    return [sorted(fold) for fold in split]

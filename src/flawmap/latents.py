@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flawmap.methods import Method
-from flawmap.training import COLLECTED, TrainingData, batches, on_device
+from flawmap.training_data import COLLECTED, TrainingData, batches, on_device
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from flawmap.fitting import SHORT
 from flawmap.images import digest, read_image, read_mask
 from flawmap.metrics import partial_spearman, spearman
 from flawmap.sweep import FIGURES, Labelled, Sweep
-from flawmap.training import Progress, quiet
+from flawmap.training_data import Progress, quiet
 
 _CANDIDATES = 60_000  # training patches among which a gallery is chosen
 

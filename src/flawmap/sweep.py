@@ -18,7 +18,7 @@ from flawmap.methods import Method
 from flawmap.methods.smoothing import on_grid
 from flawmap.metrics import PixelCurves, auroc
 from flawmap.preparation import Preparation
-from flawmap.training import COLLECTED, Progress, batches, on_device, quiet
+from flawmap.training_data import COLLECTED, Progress, batches, on_device, quiet
 
 FIGURES = ("image_auroc", "pixel_auroc", "pixel_ap", "aupro")
 

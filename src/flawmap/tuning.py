@@ -19,7 +19,7 @@ from flawmap.oracle import Point, grid_points
 from flawmap.preparation import Preparation
 from flawmap.sweep import Labelled, Sweep
 from flawmap.synthesis import GoodImages, find_foreground, generator, synthesize
-from flawmap.training import Progress, quiet
+from flawmap.training_data import Progress, quiet
 
 DEFECTS = 4
 """Synthetic defects made from each good image."""

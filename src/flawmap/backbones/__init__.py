@@ -10,6 +10,7 @@ from flawmap.backbones.trunk import (
     level_names,
     levels_at,
     summaries,
+    weights_digest,
 )
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "level_names",
     "levels_at",
     "summaries",
+    "weights_digest",
 ]

@@ -7,6 +7,7 @@ import socket
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -52,19 +53,17 @@ class Backbone(nn.Module):
                 f"choose from {', '.join(level_names(network))}"
             )
         for level in self.levels:
-            modules[level].register_forward_hook(self._keep(level))
+            # Not a closure: a copy of this module has to keep maps of its own.
+            modules[level].register_forward_hook(partial(self._keep, level))
         device = next(network.parameters()).device
         maps = self._prune(torch.zeros(1, 3, *size, device=device))
         self.channels = tuple(m.shape[1] for m in maps)
         self.reductions = tuple(size[0] / m.shape[2] for m in maps)
 
-    def _keep(self, level: str) -> Any:
-        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            self._maps[level] = output
-            if len(self._maps) == len(self.levels):
-                raise _DeepestLevelReached
-
-        return hook
+    def _keep(self, level: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        self._maps[level] = output
+        if len(self._maps) == len(self.levels):
+            raise _DeepestLevelReached
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """images (B, 3, H, W) float32, normalised -> one map (B, C_l, H_l, W_l) for each level."""
@@ -109,12 +108,8 @@ class Backbone(nn.Module):
         return [i for i, factor in enumerate(self.reductions) if factor in (8, 16)] or list(range(len(self.levels)))
 
     def digest(self) -> str:
-        """sha256 over the trunk's weights: names, shapes and bytes, in order."""
-        sha = hashlib.sha256()
-        for key, value in sorted(self.state_dict().items()):
-            sha.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
-            sha.update(value.detach().cpu().contiguous().numpy().tobytes())
-        return sha.hexdigest()
+        """`weights_digest` of the trunk."""
+        return weights_digest(self)
 
     def macs(self, size: tuple[int, int]) -> int:
         """Multiply-accumulates of one image of `size` (height, width), as PyTorch's own counter sees them."""
@@ -124,6 +119,15 @@ class Backbone(nn.Module):
         with torch.no_grad(), counter:
             self(torch.zeros(1, 3, *size, device=next(self.parameters()).device))
         return counter.get_total_flops() // 2
+
+
+def weights_digest(module: nn.Module) -> str:
+    """sha256 over a module's weights: names, shapes and bytes, in order."""
+    sha = hashlib.sha256()
+    for key, value in sorted(module.state_dict().items()):
+        sha.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
+        sha.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()
 
 
 def level_names(network: nn.Module) -> list[str]:

@@ -1,6 +1,16 @@
 """One file per paper, each reading like it, behind one contract and one registry."""
 
-from flawmap.methods.contract import Collect, Config, Method, Optimise, Stage
+from flawmap.methods.contract import Collect, Config, Method, Optimise, Stage, SyntheticDefects
 from flawmap.methods.registry import METHODS, configure, method_class
 
-__all__ = ["METHODS", "Collect", "Config", "Method", "Optimise", "Stage", "configure", "method_class"]
+__all__ = [
+    "METHODS",
+    "Collect",
+    "Config",
+    "Method",
+    "Optimise",
+    "Stage",
+    "SyntheticDefects",
+    "configure",
+    "method_class",
+]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -16,8 +17,30 @@ from torch import Tensor, nn
 
 from flawmap.backbones import Backbone
 from flawmap.methods.smoothing import Enlarge
+from flawmap.synthesis import SynthesisSettings
 
-Inputs = Literal["features", "images"]
+
+@dataclass(frozen=True)
+class SyntheticDefects:
+    """Inputs of a stage that trains on defects made on the spot, other ones in every epoch.
+
+    Its function takes three tensors: good model inputs (B, 3, H, W), the same with a defect each, and the defects'
+    masks (B, 1, H, W) of 0 and 1.
+
+    Attributes:
+        settings: how defects are made.
+        clean: share of the inputs that stay as they are, under an empty mask.
+        textures: a folder of texture photographs; None draws textures.
+        foreground: defects lie on the part, where the images show parts on a ground.
+    """
+
+    settings: SynthesisSettings
+    clean: float = 0.0
+    textures: Path | None = None
+    foreground: bool = True
+
+
+Inputs = Literal["features", "images"] | SyntheticDefects
 
 
 class Config(BaseModel):
@@ -64,6 +87,7 @@ class Optimise:
         views: an epoch takes one of the rotated views of every input, see `Method.views`; else the input as it is.
         keep_gradients: parameters that a step does not reach have a gradient of zero, with which optimisers go on by
             momentum, as PyTorch did before 2.0; else they rest.
+        before_epoch: called with the epoch's number, from 0, also where a training goes on.
         after_epoch: what the line about an epoch adds to its mean loss, such as the value of a learnt radius.
     """
 
@@ -78,6 +102,7 @@ class Optimise:
     inputs: Inputs = "features"
     views: bool = False
     keep_gradients: bool = False
+    before_epoch: Callable[[int], None] | None = None
     after_epoch: Callable[[], str] | None = None
 
 
@@ -101,6 +126,7 @@ class Method(nn.Module):
         updates: True where `further_stages` can add images to a trained method.
         pools: True where the extractor pools whole maps, and so has to know where an image is scored: it then takes
             (images, inside).
+        tunes: True where stages train the extractor; stages after those, and calibration, take its features anew.
         live: settings that can be moved after training, see `with_settings`.
         searched: the values of each live setting among which the method's paper chooses.
         live_buffers: what moves with them; inputs of the exported graph, so that it is made once.
@@ -115,6 +141,7 @@ class Method(nn.Module):
     updates: ClassVar[bool] = False
     positional: ClassVar[bool] = False
     pools: ClassVar[bool] = False
+    tunes: ClassVar[bool] = False
     live: ClassVar[tuple[str, ...]] = ()
     searched: ClassVar[dict[str, tuple[float, ...]]] = {}
     live_buffers: ClassVar[tuple[str, ...]] = ()
@@ -152,6 +179,10 @@ class Method(nn.Module):
         """
         return backbone
 
+    def extracting(self) -> nn.Module:
+        """`extractor` with the weights that this method has by now."""
+        return type(self).extractor(self.config, self.backbone, self.size)
+
     def stages(self, images: int) -> Iterator[Stage]:
         """What has to happen in training on `images` model inputs, in order.
 
@@ -165,7 +196,7 @@ class Method(nn.Module):
 
     def features(self, images: Tensor, inside: Tensor | None = None) -> list[Tensor]:
         """images (B, 3, H, W) -> the maps that the method reads."""
-        extractor = self.extractor(self.config, self.backbone, self.size)
+        extractor = self.extracting()
         maps: list[Tensor] = extractor(images, inside) if self.pools else extractor(images)
         return maps
 
