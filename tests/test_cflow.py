@@ -12,7 +12,8 @@ from feature_maps import LEVELS, SIZE, drawn_features, small_trunk
 from flawmap.flows import Mixing, position_code
 from flawmap.flows.conditional import PositionalMLP, conditional_flow, standard_normal
 from flawmap.methods import Collect, Optimise, configure
-from flawmap.methods.cflow import CFlow, vectors_inside, warm_cosine
+from flawmap.methods.cflow import CFlow
+from flawmap.methods.position_flows import vectors_inside, warm_cosine
 
 GRIDS = [(16, 16), (8, 8)]
 QUICK = {"levels": LEVELS, "deep_levels": (), "blocks": 2}
@@ -76,7 +77,7 @@ def fitted(trunk, features, count=5, inside=None, **chosen):
 def densities(method, features):
     """For each level log p / C and |z|^2 / 2C (B, h, w), from vectors with their codes, z's density by scipy."""
     found = []
-    for flow, level in zip(method.flows, method.inputs(features), strict=True):
+    for flow, level in zip(method.density.flows, method.density.inputs(features), strict=True):
         b, c, h, w = level.shape
         vectors = level.permute(0, 2, 3, 1).reshape(-1, c)
         code = position_code(128, h, w).permute(1, 2, 0).reshape(-1, 128).repeat(b, 1)
@@ -184,7 +185,7 @@ def test_whitened_vectors_are_uncorrelated_and_outliers_beyond_the_region_do_not
         level[:, :, :, : level.shape[3] // 4] = 1e3
     method = create(trunk, pool=1)
     start(method, features, inside)
-    for level in method.inputs(features):
+    for level in method.density.inputs(features):
         vectors = vectors_inside(level, inside)[0].double().numpy()
         assert vectors.shape[0] == 9 * 3 / 4 * level.shape[2] * level.shape[3]
         np.testing.assert_allclose(vectors.mean(0), 0, atol=1e-3)
@@ -210,7 +211,7 @@ def test_untrained_flows_of_whitened_vectors_are_the_mahalanobis_distance(trunk,
         d = y - x.mean(0)
         expected = ((d @ np.linalg.inv(covariance)) * d).mean(1) / 2
         with torch.no_grad():
-            np.testing.assert_allclose(method.likelihoods(new)[i][1].flatten(), expected, rtol=2e-3)
+            np.testing.assert_allclose(method.density.likelihoods(new)[i][1].flatten(), expected, rtol=2e-3)
 
 
 @pytest.mark.parametrize("scoring", ["likelihood", "log"])
@@ -219,7 +220,7 @@ def test_map_and_image_score_are_what_the_density_says(trunk, scoring, image_sco
     features, new = drawn_features(5), [3 * level for level in drawn_features(3, seed=7)]
     method = fitted(trunk, features, scoring=scoring, image_score=image_score, deep_levels=())
     peaks = [log_p.max() for log_p, _ in densities(method, features)]
-    np.testing.assert_allclose(method.peaks, peaks, rtol=1e-4)
+    np.testing.assert_allclose(method.density.peaks, peaks, rtol=1e-4)
     found = densities(method, new)
     relative = [log_p - peak for (log_p, _), peak in zip(found, peaks, strict=True)]
     expected = sum(enlarged(1 - np.exp(r) if scoring == "likelihood" else -r) for r in relative)
@@ -259,7 +260,7 @@ def test_unscored_places_change_neither_loss_nor_peaks_nor_scores(trunk):
             losses = torch.stack([losses] if isinstance(losses, torch.Tensor) else list(losses)).detach()
             collect(peaks, maps, inside)
             with torch.no_grad():
-                found.append((losses, method.peaks, method.score(maps, inside)[1]))
+                found.append((losses, method.density.peaks, method.score(maps, inside)[1]))
         for one, other in zip(*found, strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-5)
 
@@ -285,7 +286,7 @@ def test_fibres_are_vectors_of_one_level_each_seen_once(trunk):
     for loss in optimise.loss(features, None):
         method.zero_grad(set_to_none=True)
         loss.backward()
-        trained.append([any(p.grad is not None for p in flow.parameters()) for flow in method.flows])
+        trained.append([any(p.grad is not None for p in flow.parameters()) for flow in method.density.flows])
         values.append(float(loss.detach()))
     assert trained == [[True, False]] * 4 + [[False, True]]
     with torch.no_grad():
@@ -301,7 +302,7 @@ def test_summed_losses_under_adam_are_an_optimiser_for_each_flow(trunk):
         torch.manual_seed(1)
         method = create(trunk)
         optimise, _ = start(method, features)
-        groups = [list(flow.parameters()) for flow in method.flows] if alone else [optimise.parameters]
+        groups = [list(flow.parameters()) for flow in method.density.flows] if alone else [optimise.parameters]
         optimisers = [torch.optim.Adam(group, 1e-3) for group in groups]
         for _ in range(3):
             loss = optimise.loss(features, None)
@@ -310,7 +311,7 @@ def test_summed_losses_under_adam_are_an_optimiser_for_each_flow(trunk):
             loss.backward()
             for optimiser in optimisers:
                 optimiser.step()
-        found.append(torch.nn.utils.parameters_to_vector(method.flows.parameters()).detach())
+        found.append(torch.nn.utils.parameters_to_vector(method.density.flows.parameters()).detach())
     assert torch.equal(*found)
 
 
@@ -320,12 +321,12 @@ def test_idle_flows_go_on_by_momentum_only_under_the_authors_adam(trunk):
         method = create(trunk, fibres=256, shared_adam=shared)
         optimise, _ = start(method, features)
         optimiser = optimise.optimiser(optimise.parameters)
-        first = torch.nn.utils.parameters_to_vector(method.flows[0].parameters()).detach()
+        first = torch.nn.utils.parameters_to_vector(method.density.flows[0].parameters()).detach()
         for number, loss in enumerate(optimise.loss(features, None)):
             optimiser.zero_grad(set_to_none=not optimise.keep_gradients)
             loss.backward()
             optimiser.step()
-            now = torch.nn.utils.parameters_to_vector(method.flows[0].parameters()).detach()
+            now = torch.nn.utils.parameters_to_vector(method.density.flows[0].parameters()).detach()
             assert torch.equal(now, first) is (number == 2 and not shared)  # the third fibre is of the second level
             first = now
         assert number == 2

@@ -35,7 +35,7 @@ class Latents:
         values, masks = [], []
         for part in batches(data.rows(images), COLLECTED):
             features, inside = on_device(data.features(part), device)
-            values.append(method.latents(features).half().cpu())
+            values.append(method.latents(features, inside).half().cpu())
             if inside is not None:
                 masks.append(inside.bool().cpu())
         digests = [data.digests[i] for i in images for _ in data.rows([i])]

@@ -99,10 +99,11 @@ class Sweep:
         placement = preparation.place(image.pixels)
         inputs = np.stack(list(preparation.inputs(image.pixels, placement)))
         inside = placement.inside()[:, None] if self._masked else None
-        maps = engine(inputs, None if inside is None else inside.astype(np.float32))
-        features = on_device(([torch.from_numpy(level) for level in maps], None), self.device)[0]
+        scored = None if inside is None else inside.astype(np.float32)
+        maps = [torch.from_numpy(level) for level in engine(inputs, scored)]
+        features, where = on_device((maps, None if scored is None else torch.from_numpy(scored)), self.device)
         with torch.inference_mode():
-            kept: list[NDArray[Any]] = [method.latents(features).cpu().numpy()]
+            kept: list[NDArray[Any]] = [method.latents(features, where).cpu().numpy()]
         self._cache.write([*kept, *([] if inside is None else [inside])], expected_rows=count * len(inputs))
         self._cache.commit(str(len(self.labels)), len(inputs), None)
         self._rows += [len(self.labels)] * len(inputs)

@@ -87,6 +87,7 @@ class TrainingData:
             self._cache = FeatureCache(folder, identity, half=half)
             self._retuned = retuned
             self._tuned: dict[str, TrainingData] = {}
+            self._rows_of_original: dict[int, int] = {}
             self._told: dict[str, Any] = {"half": half, "progress": progress, "announce": announce}
             self._extract(paths, engine, progress, announce)
         except BaseException as error:
@@ -179,7 +180,7 @@ class TrainingData:
     def of(self, method: Method) -> TrainingData:
         """These images with the features that `method` reads: others than here once it has trained its extractor.
 
-        Such features are computed when they are first asked for, in a folder named for the weights within this one.
+        Rows keep their numbers. Such features are computed when they are first asked for, in a folder named for the weights within this one.
         """
         if not method.tunes:
             return self
@@ -191,7 +192,8 @@ class TrainingData:
             tuned = TrainingData(
                 self.paths, self.prepare, engine, self._medium, folder=folder, identity=by, **self._told
             )
-            assert tuned._cache.images == self._cache.images  # row for row
+            for kept in self.digests:
+                tuned._rows_of_original |= zip(self._cache.images[kept], tuned._cache.images[kept], strict=True)
             self._tuned[by] = tuned
         return self._tuned[by]
 
@@ -208,7 +210,8 @@ class TrainingData:
 
     def features(self, rows: Sequence[int]) -> tuple[list[Tensor], Tensor | None]:
         """The maps (B, C, H, W) of some model inputs, and where those are scored, (B, 1, h, w); None is everywhere."""
-        maps = [torch.from_numpy(level) for level in self._cache.read(rows)]
+        own = [self._rows_of_original.get(row, row) for row in rows]
+        maps = [torch.from_numpy(level) for level in self._cache.read(own)]
         return (maps[:-1], maps[-1].float()) if self.prepare.masked else (maps, None)
 
     def images(self, rows: Sequence[int]) -> tuple[list[Tensor], Tensor | None]:

@@ -172,15 +172,16 @@ class Mixing(Block):
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> Tensor:
         if self.kind == "permutation":
             return z[:, self.order.argsort()]
-        if self.kind == "orthogonal":
-            return _product(self.matrix.T, z)
-        if torch.onnx.is_in_onnx_export():  # as above
-            return _product(torch.from_numpy(np.linalg.inv(self.weight().detach().double().numpy())).to(z), z)
-        return _product(self._inverse().to(z), z)
+        return _product(self.inverse_weight().to(z), z)
 
-    def _inverse(self) -> Tensor:
-        """In float64. That of weights that nobody trains is kept: a large one takes longer than all else."""
+    def inverse_weight(self) -> Tensor:
+        """W^-1 (C, C); of learnt weights in float64."""
+        if self.kind in ("permutation", "orthogonal"):
+            return self.weight().T
         weight = self.weight().double()
+        if torch.onnx.is_in_onnx_export():  # as above
+            return torch.from_numpy(np.linalg.inv(weight.detach().cpu().numpy()))
+        # That of weights that nobody trains is kept: a large one takes longer than all else.
         if self._kept is not None and not weight.requires_grad and torch.equal(self._kept[0], weight):
             return self._kept[1]
         inverse: Tensor = torch.linalg.inv(weight)

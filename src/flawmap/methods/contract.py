@@ -228,7 +228,7 @@ class Method(nn.Module):
         """This method with other values of its `live` settings; all that does not depend on them is shared."""
         raise NotImplementedError
 
-    def latents(self, features: list[Tensor]) -> Tensor:
+    def latents(self, features: list[Tensor], inside: Tensor | None = None) -> Tensor:
         """What is left to be done from here on depends on the `live` settings: (B, T, C) float32."""
         raise NotImplementedError
 

@@ -34,7 +34,6 @@ import copy
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field
@@ -189,38 +188,38 @@ class F2R(Method):
         projected = [F.conv2d(level, part) for level, part in zip(pooled, parts, strict=True)]
         return sum((fused([level], self.grid) for level in projected), -self.shift @ projection)
 
-    def latents(self, features: list[Tensor]) -> Tensor:
+    def latents(self, features: list[Tensor], inside: Tensor | None = None) -> Tensor:
         """z = T(f) of every patch (B, h*w, c)."""
         patches = self.patches(features)
         return self._transformed(patches.flatten(0, 1)).view(patches.shape)
 
-    def _folded(self) -> Iterator[tuple[Tensor, Tensor, Coupling]]:
-        """Of each step: what comes before its coupling as one matrix (c, c) and offset (c,), and the coupling."""
+    def _steps(self) -> list[tuple[Tensor, Tensor, Mixing, Coupling]]:
+        """Of each step: scale and offset (c,) of its normalisation, its mixing, its coupling."""
+        steps = []
         scale, offset = torch.ones_like(self.factors), torch.zeros_like(self.factors)
-        matrix = torch.empty(0)
         for block in self.flow.blocks:
             if isinstance(block, ActNorm):
                 scale, offset = block.log_scale().exp(), block.offset
             elif isinstance(block, Mixing):
-                weight = block.weight().to(scale)
-                matrix, offset = weight * scale, weight @ offset
+                mixing = block
             else:
                 assert isinstance(block, Coupling)
-                yield matrix, offset, block
-                scale, offset = torch.ones_like(self.factors), torch.zeros_like(self.factors)
+                steps.append((scale, offset, mixing, block))
+        return steps
 
     def _transformed(self, f: Tensor) -> Tensor:
-        """(N, c) -> (N, c): z = T(f), without its determinant."""
-        for matrix, offset, coupling in self._folded():
-            f = coupling.at_positions(F.linear(f, matrix, offset))[0]
+        """(N, c) -> (N, c): z = T(f), without its determinant, what comes before a coupling as one product."""
+        for scale, offset, mixing, coupling in self._steps():
+            weight = mixing.weight().to(f)
+            f = coupling.at_positions(F.linear(f, weight * scale, weight @ offset))[0]
         return f
 
     def _reverted(self, z: Tensor) -> Tensor:
         """(N, c) -> (N, c): f' = T^-1([alpha z_l, beta z_g])."""
         z = z * self.factors
-        for matrix, offset, coupling in reversed(list(self._folded())):
-            inverse = _inverse(matrix)
-            z = F.linear(coupling.inverse(z), inverse, -inverse @ offset)
+        for scale, offset, mixing, coupling in reversed(self._steps()):
+            inverse = mixing.inverse_weight().to(z)
+            z = F.linear(coupling.inverse(z), inverse / scale[:, None], -offset / scale)
         return z
 
     @property
@@ -412,14 +411,6 @@ def covariance(first: Tensor, second: Tensor, *, centred: bool = True) -> Tensor
     if centred:
         first, second = first - first.mean(0), second - second.mean(0)
     return (first.T @ second / len(first)).abs().mean()
-
-
-def _inverse(matrix: Tensor) -> Tensor:
-    """A constant of an exported graph, which has no inverses."""
-    if torch.onnx.is_in_onnx_export():
-        return torch.from_numpy(np.linalg.inv(matrix.detach().cpu().double().numpy())).to(matrix)
-    inverse: Tensor = torch.linalg.inv(matrix.double())
-    return inverse.to(matrix)
 
 
 def _mlp(inputs: int, width: int, outputs: int) -> nn.Sequential:
