@@ -2,13 +2,14 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from flawmap import Detector, FlawmapError
+from flawmap import Detector, FlawmapError, find_dataset
 from flawmap.images import digest
 from flawmap.oracle import OracleGrid, grid_points, oracle_grid, oracle_table
 from flawmap.tuning import tune
@@ -141,6 +142,20 @@ def test_tuning_keeps_tuning_and_calibration_apart(f2r, drawn, tmp_path):
     again = tune(f2r, tmp_path, grid={"alpha": [0.0, 0.5, 1.0], "beta": [0.0, 1.0]}, seed=1)[1]
     np.testing.assert_array_equal(again.values, tuning.values)
     assert not {digest(path) for path in tmp_path.glob("*.png")} & set(tuned.latents_.digests)
+
+
+def test_tuning_tells_the_oracle_where_labels_are_at_hand(f2r, drawn, tmp_path):
+    _shifted(drawn, tmp_path, 20)
+    test = find_dataset(drawn).test
+    dataset = replace(find_dataset(tmp_path), samples=(*find_dataset(tmp_path).train, *test))
+    tuning = tune(f2r, dataset, grid={"alpha": [0.0], "beta": [0.0]}, oracle=True)[1]
+    assert tuning.points == [{"alpha": 1.0, "beta": 1.0}, {"alpha": 0.0, "beta": 0.0}]
+    assert tuning.oracle.figures[1]["pixel_auroc"] == 0.5  # a constant map
+    report = f2r.evaluate(drawn)
+    assert tuning.oracle.figures[0]["pixel_auroc"] == pytest.approx(report.figures["pixel_auroc"], abs=1e-3)
+    assert "oracle, what the settings tried" in tuning.describe()
+    with pytest.raises(FlawmapError, match="no labelled test images"):
+        tune(f2r, tmp_path, oracle=True)
 
 
 def _read(path):

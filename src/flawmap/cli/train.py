@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,10 @@ if TYPE_CHECKING:
     from flawmap.datasets import Dataset
     from flawmap.detector import Detector
 
+log = logging.getLogger(__name__)
+
 _SHOWN = 12  # atypical images in the report
+_FEW = 20  # images; fewer do not calibrate
 
 
 def parse_settings(pairs: tuple[str, ...]) -> dict[str, str]:
@@ -27,6 +31,21 @@ def parse_settings(pairs: tuple[str, ...]) -> dict[str, str]:
             raise click.BadParameter(f"{pair!r} is not key=value", param_hint="--set")
         settings[key.strip()] = value.strip()
     return settings
+
+
+def parse_grid(pairs: tuple[str, ...]) -> dict[str, list[str]]:
+    """`--grid key=a,b` -> the values of each key; those of a key that is given again are added.
+
+    Raises:
+        click.BadParameter: a pair without `=`.
+    """
+    grid: dict[str, list[str]] = {}
+    for pair in pairs:
+        key, equals, values = pair.partition("=")
+        if not equals or not key:
+            raise click.BadParameter(f"{pair!r} is not key=a,b,c", param_hint="--grid")
+        grid.setdefault(key.strip(), []).extend(value.strip() for value in values.split(","))
+    return grid
 
 
 @click.command("train")
@@ -71,6 +90,20 @@ def parse_settings(pairs: tuple[str, ...]) -> dict[str, str]:
 @click.option(
     "--calibration", default="auto", show_default=True, help="holdout, crossfit, or a folder of further good images."
 )
+@click.option("--shots", type=int, metavar="K", help="Learn from K of the good images, drawn by --seed.")
+@click.option(
+    "--tune", is_flag=True, help="Choose settings on synthetic defects first, fitting anew for each; see --grid."
+)
+@click.option(
+    "--grid",
+    "grids",
+    multiple=True,
+    metavar="KEY=A,B,C",
+    help="With --tune: values to try of image_size or a setting of the method; repeatable. The levels of one value are "
+    "joined by +, as in levels=blocks.2+blocks.4,blocks.1+blocks.2; auto is the method's own choice. What is set "
+    "without it is tried too.  [default: two sizes and some levels]",
+)
+@click.option("--oracle", is_flag=True, help="With --tune: also print what each choice reaches on the test labels.")
 @click.option("--drop-atypical", default=0, metavar="N", help="Leave out the N most unusual good images.")
 @click.option(
     "--update",
@@ -91,6 +124,10 @@ def train_command(
     tile: str | None,
     epochs: int | None,
     views: int | None,
+    shots: int | None,
+    tune: bool,
+    grids: tuple[str, ...],
+    oracle: bool,
     drop_atypical: int,
     update: Path | None,
     resume: bool,
@@ -112,6 +149,9 @@ def train_command(
         raise click.BadParameter(f"{html} is the model's name too", param_hint="--html")
     if drop_atypical < 0:
         raise click.BadParameter(f"{drop_atypical} is negative", param_hint="--drop-atypical")
+    if (grids or oracle) and not tune:
+        raise click.BadParameter("chooses nothing without --tune", param_hint="--grid" if grids else "--oracle")
+    grid = _searched(parse_grid(grids))
     own = {"epochs": epochs, "views": views}
     chosen: dict[str, Any] = {**parse_settings(settings), **{k: v for k, v in own.items() if v is not None}}
     if update is not None:
@@ -120,9 +160,12 @@ def train_command(
 
     dataset = find_dataset(data, category)
     click.echo(dataset.describe())
+    if shots is not None:
+        dataset = _drawn(dataset, shots, **options)
 
     from flawmap.detector import Detector
 
+    tuning = None
     with ProgressLines() as progress:
         told: dict[str, Any] = {
             "strict": strict,
@@ -136,18 +179,69 @@ def train_command(
             from flawmap.geometry import Geometry
 
             geometry = Geometry.from_options(keep_aspect, crop, tile)
-            detector = Detector(geometry=geometry, **options, **chosen)
             workspace = output.with_name(output.name + ".training")
-            detector.fit(dataset, workspace=workspace, resume=resume, drop_atypical=drop_atypical, **told)
+            told |= {"workspace": workspace, "resume": resume, "drop_atypical": drop_atypical}
+            settled = {"geometry": geometry, **options, **chosen}
+            if tune:
+                from flawmap.refitting import tune_fit
+
+                detector, tuning = tune_fit(dataset, grid or None, oracle=oracle, **told, **settled)
+            else:
+                detector = Detector(**settled).fit(dataset, **told)
         detector.save(output)
         progress("report", 0, 1)
         write_report(html, detector, dataset)
+    if tuning is not None:
+        click.echo(tuning.describe())
     click.echo(detector.threshold_.describe())
     for line in _notes(detector, update is not None):
         click.echo(line)
     click.echo(
         f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB, engine {detector.training_['engine']}) and {html}"
     )
+
+
+def _searched(grid: dict[str, list[str]]) -> dict[str, list[Any]]:
+    """The values as `flawmap.refitting.tune_fit` takes them: sizes as numbers, levels joined by + as tuples."""
+    searched: dict[str, list[Any]] = {}
+    for key, values in grid.items():
+        if key == "image_size":
+            try:
+                searched[key] = [int(value) for value in values]
+            except ValueError:
+                told = f"{key}={','.join(values)}: give whole numbers, separated by commas"
+                raise click.BadParameter(told, param_hint="--grid") from None
+        else:
+            searched[key] = [value if _is_number(value) or "+" not in value else _joined(value) for value in values]
+    return searched
+
+
+def _joined(value: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in value.split("+"))
+
+
+def _is_number(value: str) -> bool:
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return True
+
+
+def _drawn(dataset: Dataset, shots: int, *, seed: int, calibration: str, **options: Any) -> Dataset:
+    """The data set with so many good images; says which."""
+    from flawmap.datasets.shots import draw_shots
+
+    drawn = draw_shots(dataset, shots, seed)
+    names = ", ".join(str(sample.path.relative_to(dataset.root)) for sample in drawn.train)
+    click.echo(f"shots: {shots} of {len(dataset.train)} good images, drawn by seed {seed}: {names}")
+    if shots < _FEW and calibration in ("auto", "holdout", "crossfit"):
+        log.warning(
+            "%d images say little of how good parts vary: what is stated of false rejects is weak; "
+            "--calibration FOLDER with further good images makes it firmer",
+            shots,
+        )
+    return drawn
 
 
 _WITH_UPDATE = {"data", "output", "category", "update", "engine", "device", "html", "strict"}

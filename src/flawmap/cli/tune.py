@@ -21,6 +21,7 @@ import click
     metavar="KEY=A,B,C",
     help="Values to try of a setting; repeatable.  [default: all]",
 )
+@click.option("--oracle", is_flag=True, help="Also print what each choice reaches on the test labels of DATA.")
 @click.option("--seed", default=0, show_default=True, help="Of the synthetic defects.")
 @click.option("--engine", default="auto", show_default=True, help="auto, openvino, onnxruntime or torch.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
@@ -30,26 +31,29 @@ def tune_command(
     output: Path,
     category: str | None,
     grids: tuple[str, ...],
+    oracle: bool,
     seed: int,
     engine: str,
     device: str,
 ) -> None:
     """Choose the settings of MODEL that training leaves open, without any test label.
 
+    Those that training fixes are chosen by `flawmap train --tune`.
+
     Synthetic defects are made in good images of DATA that MODEL was not fitted on; the settings at which they stand out
     most are written to a new model file, calibrated on good images that did not serve the choice.
     """
     from flawmap.cli.progress import ProgressLines, quiet_libraries
-    from flawmap.cli.train import check_output, parse_settings
+    from flawmap.cli.train import check_output, parse_grid
 
     quiet_libraries()
     check_output(output)
     grid = {}
-    for key, values in parse_settings(grids).items():
+    for key, values in parse_grid(grids).items():
         try:
-            grid[key] = [float(value) for value in values.split(",")]
+            grid[key] = [float(value) for value in values]
         except ValueError:
-            told = f"{key}={values!r}: give numbers, separated by commas"
+            told = f"{key}={','.join(values)}: give numbers, separated by commas"
             raise click.BadParameter(told, param_hint="--grid") from None
     from flawmap.datasets import find_dataset
 
@@ -60,7 +64,7 @@ def tune_command(
 
     detector = Detector.load(model, engine=engine, device=device)
     with ProgressLines() as progress:
-        tuned, tuning = tune(detector, dataset, grid=grid or None, seed=seed, progress=progress)
+        tuned, tuning = tune(detector, dataset, grid=grid or None, seed=seed, oracle=oracle, progress=progress)
     tuned.save(output)
     click.echo(tuning.describe())
     click.echo(tuned.threshold_.describe())
