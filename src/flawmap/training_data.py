@@ -180,7 +180,8 @@ class TrainingData:
     def of(self, method: Method) -> TrainingData:
         """These images with the features that `method` reads: others than here once it has trained its extractor.
 
-        Rows keep their numbers. Such features are computed when they are first asked for, in a folder named for the weights within this one.
+        Rows keep their numbers. Such features are computed when they are first asked for, in a folder named for the
+        weights within this one.
         """
         if not method.tunes:
             return self

@@ -80,9 +80,9 @@ class PositionFlows(nn.Module):
         )
 
     def pooled(self, features: list[Tensor]) -> list[Tensor]:
-        """Maps (B, C, h, w) averaged over the neighbourhood, on the grids that the flows know."""
+        """Maps (B, C, h, w) averaged over the neighbourhood, on the grids that the flows know; no further ones."""
         side, maps = self.config.pool, []
-        for level, grid in zip(features, self.grids, strict=True):
+        for level, grid in zip(features, self.grids, strict=False):
             if side > 1:
                 level = F.avg_pool2d(level, side, 1, side // 2, count_include_pad=False)
             if level.shape[-2:] != grid:

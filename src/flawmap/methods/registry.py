@@ -35,10 +35,13 @@ METHODS: dict[str, Entry] = {
         Entry("cainnflow", "flawmap.methods.cainnflow:CAINNFlow", "Yan et al., arXiv 2206.01992"),
         Entry("cfa", "flawmap.methods.cfa:CFA", "Lee et al., IEEE Access 2022"),
         Entry("cflow", "flawmap.methods.cflow:CFlow", "Gudovskiy et al., WACV 2022"),
+        Entry("cls_cnf", "flawmap.methods.cls_cnf:ClsCnf", "Oh & Kim, IEEE Access 2024"),
         Entry("differnet", "flawmap.methods.differnet:DifferNet", "Rudolph et al., WACV 2021"),
+        Entry("draem", "flawmap.methods.draem:DRAEM", "Zavrtanik et al., ICCV 2021"),
         Entry("f2r", "flawmap.methods.f2r:F2R", "Zhu et al., IEEE Access 2023"),
         Entry("padim", "flawmap.methods.padim:PaDiM", "Defard et al., ICPR 2021"),
         Entry("patchcore", "flawmap.methods.patchcore:PatchCore", "Roth et al., CVPR 2022"),
+        Entry("pouta", "flawmap.methods.pouta:POUTA", "Wang et al., TCSVT 2024"),
     )
 }
 
@@ -70,8 +73,11 @@ def configure(method: type[Method], settings: Mapping[str, Any], preset: str | N
         return method.Config(**chosen)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"][:1])
-        raise FlawmapError(f"setting {key}={settings.get(key)} is not valid: {first['msg'].lower()}") from error
+        told = first["msg"].removeprefix("Value error, ")
+        if not first["loc"]:
+            raise FlawmapError(f"the settings do not go together: {told}") from error
+        key = str(first["loc"][0])
+        raise FlawmapError(f"setting {key}={settings.get(key)} is not valid: {told.lower()}") from error
 
 
 def _from_text(text: str, annotation: Any) -> Any:

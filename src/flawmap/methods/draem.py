@@ -1,0 +1,125 @@
+"""DRAEM: Zavrtanik, Kristan and Skočaj, "DRÆM - A discriminatively trained reconstruction embedding for surface anomaly
+detection", ICCV 2021.
+
+A network learns to repair synthetic defects; a second one looks at an image and its repaired copy together, and learns
+to mark the defects. Nothing is pretrained: the backbone serves only to tell captures of something else.
+
+Where the defaults, which are also `--preset quick`, differ from the paper, and the setting that takes the difference
+back (`--preset paper` takes back all that can be):
+
+- The networks are narrow (`width=128`), learn in few steps (`max_steps=0`) that are larger (`learning_rate=1e-4`).
+- Good images are not rotated (`rotate=0.3`): parts mostly lie as they lie.
+- Where no folder of texture photographs is given, textures are drawn (`textures=FOLDER`; the paper's is DTD).
+
+An epoch is one pass over the training images; the authors' program draws as many with replacement. Where rotation is
+on, an image is turned together with its defect; the authors turn it before the defect is made. The square of the image
+score is scaled with the input, from the 256 pixels of the paper.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from flawmap.methods.reconstruction import (
+    Decoder,
+    Encoder,
+    Pair,
+    Reconstructive,
+    ReconstructiveConfig,
+    UNet,
+    bilinear,
+    focal,
+    mean_inside,
+    redraw,
+    ssim,
+)
+from flawmap.synthesis import DRAEM as DEFECTS
+
+
+class DRAEMConfig(ReconstructiveConfig):
+    """Settings of DRAEM."""
+
+    width: int = Field(16, ge=2, description="channels at full size that repair; half as many compare")
+    epochs: int = Field(700, ge=1, description="passes over the training images")
+    rotate: float = Field(0.0, ge=0, le=1, description="share of the training images turned by up to 90 degrees")
+
+
+class Autoencoder(nn.Module):
+    """The reconstructive network: five blocks down, four up, no skips."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        a, b, c, d = width, 2 * width, 4 * width, 8 * width
+        self.encoder = Encoder(3, [(a, a), (b, b), (c, c), (d, d), (d, d)])
+        self.decoder = Decoder(d, [(d, d, c), (c, c, b), (b, b, a), (a, a, a)], bilinear)
+        self.out = nn.Conv2d(a, 3, 3, padding=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, 3, H, W)."""
+        rebuilt: Tensor = self.out(self.decoder(self.encoder(images)[-1])[-1])
+        return rebuilt
+
+
+def discriminative(width: int) -> UNet:
+    """The discriminative network: six blocks down, five up."""
+    a, b, c, d = width, 2 * width, 4 * width, 8 * width
+    down = [(a, a), (b, b), (c, c), (d, d), (d, d), (d, d)]
+    return UNet(6, down, [(d, d, d), (c, c, c), (b, b, b), (a, a, a), (a, a, a)], bilinear)
+
+
+class DRAEM(Reconstructive):
+    """See the module's docstring."""
+
+    Config = DRAEMConfig
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "quick": {},
+        "paper": {"width": 128, "max_steps": 0, "learning_rate": 1e-4, "rotate": 0.3},
+    }
+    defects = DEFECTS
+    printed_size: ClassVar[int] = 256
+    config: DRAEMConfig
+
+    @classmethod
+    def halvings(cls, config: DRAEMConfig) -> int:
+        return 5
+
+    def create(self) -> nn.Module:
+        network = Pair(Autoencoder(self.config.width), discriminative(self.config.width // 2))
+        redraw(network)
+        return network
+
+    def loss(self, tensors: list[Tensor], inside: Tensor | None) -> Tensor:
+        good, defective, masks = self.unit(tensors[0]), self.unit(tensors[1]), tensors[2]
+        if self.config.rotate:
+            good, defective, masks, inside = rotated(self.config.rotate, good, defective, masks, inside)
+        rebuilt, logits = self.network(defective)
+        probability = logits.softmax(1)[:, 1:]
+        reconstruction = mean_inside((rebuilt - good).square(), inside) + 1 - mean_inside(ssim(rebuilt, good), inside)
+        return reconstruction + mean_inside(focal(probability, masks), inside)
+
+
+def rotated(
+    share: float, good: Tensor, defective: Tensor, masks: Tensor, inside: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Some of the images turned by up to 90 degrees, all that belongs to one of them alike; black is what comes in."""
+    count, _, height, width = good.shape
+    angles = (torch.rand(count) * 2 - 1) * (torch.rand(count) < share) * math.pi / 2
+    cos, sin, zero = angles.cos(), angles.sin(), torch.zeros(count)
+    rows = [torch.stack([cos, -sin * height / width, zero], 1), torch.stack([sin * width / height, cos, zero], 1)]
+    grid = F.affine_grid(torch.stack(rows, 1).to(good.device), [count, 3, height, width], align_corners=False)
+
+    def turn(maps: Tensor, mode: str) -> Tensor:
+        return F.grid_sample(maps, grid, mode=mode, align_corners=False)
+
+    return (
+        turn(good, "bilinear"),
+        turn(defective, "bilinear"),
+        turn(masks, "nearest"),
+        None if inside is None else turn(inside, "nearest"),
+    )
