@@ -9,12 +9,12 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-from flawmap.datasets import Dataset, Sample
+from flawmap.datasets import Dataset
 from flawmap.detector import Detector, labelled_samples
 from flawmap.fitting import SHORT
-from flawmap.images import digest, read_image, read_mask
+from flawmap.images import digest, read_image
 from flawmap.metrics import partial_spearman, spearman
-from flawmap.sweep import FIGURES, Labelled, Sweep
+from flawmap.sweep import FIGURES, Labelled, Sweep, labelled
 from flawmap.training_data import Progress, quiet
 
 _CANDIDATES = 60_000  # training patches among which a gallery is chosen
@@ -101,13 +101,13 @@ def oracle_grid(
     fitted = set(detector.training_["fitted"])
     known = [sample.path for sample in dataset.train if digest(sample.path)[:SHORT] in fitted]
     candidates = None
-    if len(known) == detector.training_["images"]:
+    if method.reselects and len(known) == detector.training_["images"]:
         good = (Labelled(read_image(path), False) for path in known)
         with Sweep(method, good, len(known), *shared) as sweep:
             candidates = sweep.patches(_CANDIDATES)
     points = grid_points(method.searched)
     figures = []
-    with Sweep(method, (_labelled(sample) for sample in samples), len(samples), *shared) as sweep:
+    with Sweep(method, (labelled(sample) for sample in samples), len(samples), *shared) as sweep:
         for done, point in enumerate(points, start=1):
             moved = method.with_settings(detector.moved_config(point))
             if candidates is not None:
@@ -115,14 +115,6 @@ def oracle_grid(
             figures.append(sweep.figures(moved))
             progress("oracle grid", done, len(points))
     return OracleGrid(points, figures)
-
-
-def _labelled(sample: Sample) -> Labelled:
-    pixels = read_image(sample.path)
-    mask = None
-    if sample.label == 1 and sample.mask is not None:
-        mask = read_mask(sample.mask, (pixels.shape[0], pixels.shape[1]))
-    return Labelled(pixels, sample.label == 1, mask)
 
 
 def oracle_table(grid: OracleGrid, current: Mapping[str, float]) -> str:

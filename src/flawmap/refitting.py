@@ -21,7 +21,7 @@ from flawmap.good_scores import calibration_images
 from flawmap.images import infer_white, read_image
 from flawmap.methods import Method, method_class
 from flawmap.oracle import OracleGrid
-from flawmap.sweep import Sweep
+from flawmap.sweep import Sweep, labelled
 from flawmap.synthetic_criterion import (
     DEFECTS,
     FEWEST,
@@ -32,7 +32,6 @@ from flawmap.synthetic_criterion import (
     Tuning,
     compare_live,
     in_words,
-    labelled,
     live_figures,
     live_points,
     synthetic_images,

@@ -13,7 +13,9 @@ import torch
 from numpy.typing import NDArray
 
 from flawmap.backbones import Engine
+from flawmap.datasets import Sample
 from flawmap.feature_cache import FeatureCache
+from flawmap.images import read_image, read_mask
 from flawmap.methods import Method
 from flawmap.methods.smoothing import on_grid
 from flawmap.metrics import PixelCurves, auroc
@@ -36,6 +38,19 @@ class Labelled:
     pixels: NDArray[Any]
     defective: bool
     mask: NDArray[np.bool_] | None = None
+
+
+def labelled(sample: Sample) -> Labelled:
+    """A test image with its mask.
+
+    Raises:
+        ImageError: one of them cannot be read.
+    """
+    pixels = read_image(sample.path)
+    mask = None
+    if sample.label == 1 and sample.mask is not None:
+        mask = read_mask(sample.mask, (pixels.shape[0], pixels.shape[1]))
+    return Labelled(pixels, sample.label == 1, mask)
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,12 @@ from flawmap.backbones import Engine
 from flawmap.datasets import Dataset, Sample
 from flawmap.detector import labelled_samples
 from flawmap.errors import FlawmapError
-from flawmap.images import read_image, read_mask
 from flawmap.methods import Method, configure
 from flawmap.metrics import PixelCurves, auroc
 from flawmap.oracle import OracleGrid
 from flawmap.preparation import Preparation
 from flawmap.reading import BATCH
-from flawmap.sweep import FIGURES, Batch, Labelled, Sweep
+from flawmap.sweep import FIGURES, Batch, Labelled, Sweep, labelled
 from flawmap.synthesis import GoodImages, find_foreground, generator, synthesize
 from flawmap.training_data import Progress, on_device, quiet
 
@@ -404,16 +403,3 @@ def test_samples(source: str | Path | Dataset | Sequence[str | Path], category: 
     if not isinstance(source, (str, Path, Dataset)):
         raise FlawmapError("an oracle needs labelled test images: give a data set, not a list of good images")
     return labelled_samples(source, category)[1]
-
-
-def labelled(sample: Sample) -> Labelled:
-    """A test image with its mask.
-
-    Raises:
-        ImageError: one of them cannot be read.
-    """
-    pixels = read_image(sample.path)
-    mask = None
-    if sample.label == 1 and sample.mask is not None:
-        mask = read_mask(sample.mask, (pixels.shape[0], pixels.shape[1]))
-    return Labelled(pixels, sample.label == 1, mask)

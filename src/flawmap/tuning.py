@@ -13,14 +13,13 @@ from flawmap.errors import FlawmapError
 from flawmap.fitting import SHORT
 from flawmap.images import digest
 from flawmap.oracle import OracleGrid
-from flawmap.sweep import Sweep
+from flawmap.sweep import Sweep, labelled
 from flawmap.synthetic_criterion import (
     DEFECTS,
     FEWEST,
     Compared,
     Tuning,
     compare_live,
-    labelled,
     live_figures,
     live_points,
     synthetic_images,

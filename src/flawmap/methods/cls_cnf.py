@@ -293,9 +293,6 @@ class ClsCnf(Method):
         a_nf, latent, a_p = latents.transpose(1, 2).unflatten(2, self.grid).split(1, 1)
         return self._joined(a_nf, latent, a_p, inside)
 
-    def reselect(self, latents: Tensor) -> None:
-        """Nothing is chosen among good patches."""
-
 
 class Both(nn.Module):
     """The maps of a pretrained encoder, and behind them those of a tuned copy of it."""

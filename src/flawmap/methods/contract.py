@@ -129,6 +129,7 @@ class Method(nn.Module):
         tunes: True where stages train the extractor; stages after those, and calibration, take its features anew.
         live: settings that can be moved after training, see `with_settings`.
         searched: the values of each live setting among which the method's paper chooses.
+        reselects: True where `reselect` has something to choose.
         live_buffers: what moves with them; inputs of the exported graph, so that it is made once.
         optimises: True where stages train by gradient; such methods hold out good images for calibration, the others
             cross-fit.
@@ -144,6 +145,7 @@ class Method(nn.Module):
     tunes: ClassVar[bool] = False
     live: ClassVar[tuple[str, ...]] = ()
     searched: ClassVar[dict[str, tuple[float, ...]]] = {}
+    reselects: ClassVar[bool] = False
     live_buffers: ClassVar[tuple[str, ...]] = ()
 
     resize: Enlarge

@@ -116,6 +116,7 @@ class F2R(Method):
     searched: ClassVar[dict[str, tuple[float, ...]]] = {
         name: tuple(i / 10 for i in range(13)) for name in ("alpha", "beta")
     }
+    reselects: ClassVar[bool] = True
     live_buffers: ClassVar[tuple[str, ...]] = ("factors", "index")
     optimises: ClassVar[bool] = True
     config: F2RConfig
