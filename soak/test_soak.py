@@ -13,7 +13,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from flawmap import Detector, find_dataset
 from flawmap.datasets.drawn import draw_dataset
@@ -122,3 +124,21 @@ def test_twenty_thousand_corruptions() -> None:
         env={**os.environ, "FLAWMAP_FUZZ_TIMES": times}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-5000:]
+
+
+@pytest.mark.parametrize("method", ["draem", "pouta"])
+def test_networks_trained_from_nothing_learn_to_see_a_glaring_defect(parts: Path, tmp_path: Path, method: str) -> None:
+    """In `make test` they take a few steps only, which teach them nothing."""
+    steps = max(1, round(600 * SHARE))
+    detector = Detector(method, image_size=128, max_steps=steps, width=8, batch_size=4, learning_rate=3e-3).fit(parts)
+    good = [sample.path for sample in find_dataset(parts).test if sample.label == 0]
+    scores = [inspection.score for inspection in detector.stream(good)]
+    pixels = np.array(Image.open(good[0]).convert("RGB"))
+    pixels[30:70, 40:80] = (255, 0, 160)
+    found = detector.predict(pixels)
+    assert found.anomaly_map is not None
+    y, x = np.unravel_index(found.anomaly_map.argmax(), found.anomaly_map.shape)
+    if SHARE >= 1:  # fewer steps may teach them too little
+        assert found.score > max(scores)
+        assert 25 <= y < 75
+        assert 35 <= x < 85
