@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from flawmap.backbones import Backbone, levels_at
 from flawmap.methods.contract import Collect, Config, Method, Optimise, Stage, epochs_within
 from flawmap.methods.moments import Moments
-from flawmap.methods.patches import fused
+from flawmap.methods.patches import fused, sampled
 from flawmap.methods.smoothing import Enlarge, largest, on_grid
 from flawmap.neighbours import k_means, k_nearest, nearest, search_index
 
@@ -281,9 +281,7 @@ class CFA(Method):
         patches, places = self.patches(features), self.coordinates  # (B, T, D), (1, T, 2)
         weights = self._weights(inside, patches)  # (B, T)
         if config.positions:
-            # The largest of random numbers on the scored positions: a choice of them without repetition.
-            drawn = torch.rand(weights.shape).to(weights) + weights
-            chosen = drawn.topk(min(config.positions, patches.shape[1]), dim=1).indices  # (B, N)
+            chosen = sampled(weights, config.positions)  # (B, N)
             patches = patches.gather(1, chosen[..., None].expand(-1, -1, patches.shape[2]))
             places, weights = places[0, chosen], weights.gather(1, chosen)
         k = min(config.k, len(self.index))

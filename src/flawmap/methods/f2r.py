@@ -43,16 +43,17 @@ from flawmap.backbones import Backbone, default_levels, levels_at
 from flawmap.backbones.catalogue import DEFAULT_BACKBONE
 from flawmap.errors import FlawmapError
 from flawmap.flows import ActNorm, Block, Coupling, Flow, Mixing, mlp
-from flawmap.methods.contract import Collect, Config, Method, Optimise, Stage, epochs_within
+from flawmap.methods.contract import Collect, Method, Optimise, Stage, epochs_within
+from flawmap.methods.factorisation import Factorisation, FactorisationConfig
 from flawmap.methods.moments import Moments
-from flawmap.methods.patches import fused
+from flawmap.methods.patches import fused, sampled
 from flawmap.methods.smoothing import Enlarge, largest, on_grid
 from flawmap.neighbours import k_center_greedy, nearest, search_index
 
 _ROWS = 16_384  # patches that T takes at a time
 
 
-class F2RConfig(Config):
+class F2RConfig(FactorisationConfig):
     """Settings of F2R."""
 
     levels: tuple[str, ...] | None = Field(None, description="levels that are fused; the backbone's own if unset")
@@ -66,12 +67,6 @@ class F2RConfig(Config):
     mixing: Literal["plain", "lu", "permutation"] = Field("plain", description="the matrix W of each step")
     hidden: float = Field(1.125, gt=0, description="width of the couplings' networks over the channels of f")
     split: float = Field(0.5, gt=0, lt=1, description="share of z that is z_l")
-    gamma: float = Field(0.01, ge=0, description="weight of the likelihood (Eq. 6)")
-    nll_half: bool = Field(True, description="half the squared norm in Eq. 2")
-    covariance: bool = Field(True, description="term 1 of Eq. 5: z_l and z_g uncorrelated")
-    centred: bool = Field(True, description="the covariance of term 1 about the batch's mean")
-    semantics: Literal["cls", "reg", "none"] = Field("cls", description="term 2: z_l tells f, by cosine or square")
-    position: bool = Field(True, description="term 3: z_g tells the position")
     alpha: float = Field(1.0, ge=0, le=10, description="factor of z_l, what is there")
     beta: float = Field(0.8, ge=0, le=10, description="factor of z_g, where it is")
     coreset: float = Field(0.1, gt=0, le=1, description="share of the patches that the gallery keeps")
@@ -142,7 +137,7 @@ class F2R(Method):
         self.vectors: Tensor
         self.index: Tensor
         self.flow = self._flow()  # T
-        self.auxiliary: nn.ModuleDict | None = None  # while T is trained
+        self.auxiliary: Factorisation | None = None  # while T is trained
         self.resize = Enlarge(self.grid, size, config.sigma)
 
     @classmethod
@@ -285,7 +280,8 @@ class F2R(Method):
         if self.config.standardise or self.config.components:
             yield self._moments()
         if self.config.epochs:
-            self.auxiliary = self._auxiliary().to(self.shift.device)
+            positions = self.grid[0] * self.grid[1]
+            self.auxiliary = Factorisation(self.config, self.parts, positions).to(self.shift.device)
             yield self._training(images)
             self.auxiliary = None
         yield self._collection(images)
@@ -317,15 +313,6 @@ class F2R(Method):
 
         return Collect("moments", update, close, peak_bytes=4 * 8 * width * width)
 
-    def _auxiliary(self) -> nn.ModuleDict:
-        """MLP_l, from z_l to f, and MLP_g, from z_g to the position, four linear layers each."""
-        networks = nn.ModuleDict()
-        if self.config.semantics != "none":
-            networks["semantics"] = _mlp(self.parts[0], self.channels, self.channels)
-        if self.config.position:
-            networks["position"] = _mlp(self.parts[1], self.channels, self.grid[0] * self.grid[1])
-        return networks
-
     def _training(self, images: int) -> Optimise:
         config = self.config
         assert self.auxiliary is not None
@@ -352,33 +339,19 @@ class F2R(Method):
 
     def loss(self, features: list[Tensor], inside: Tensor | None) -> Tensor:
         """Eq. 6 over a batch of maps."""
-        config = self.config
         patches = self.patches(features)  # (B, h*w, c)
         count = patches.shape[1]
         scored = torch.ones_like(patches[..., 0]) if inside is None else on_grid(inside, self.grid).flatten(1)
         places = torch.arange(count, device=patches.device).expand(len(patches), -1)  # Y_p
-        if config.positions:
-            # The largest of random numbers on the scored positions: a choice of them without repetition.
-            drawn = torch.rand(scored.shape).to(scored) + scored
-            places = drawn.topk(min(config.positions, count), dim=1).indices  # (B, n)
+        if self.config.positions:
+            places = sampled(scored, self.config.positions)  # (B, n)
             patches = patches.gather(1, places[..., None].expand(-1, -1, patches.shape[2]))
             scored = scored.gather(1, places)
         f, places = patches[scored > 0], places[scored > 0]  # (N, c), (N,)
         if len(f) == 1:  # batch normalisation needs two
             f, places = f.repeat(2, 1), places.repeat(2)
-        z, log_det = self.flow(f)
-        square = z.square().sum(1) / (2 if config.nll_half else 1)
-        total: Tensor = config.gamma * (square - log_det).mean()  # Eq. 2
-        local, position = z.split(self.parts, 1)
-        if config.covariance:
-            total = total + covariance(local, position, centred=config.centred)
         assert self.auxiliary is not None
-        if config.semantics != "none":
-            told = self.auxiliary["semantics"](local)
-            cls = config.semantics == "cls"
-            total = total + (1 - F.cosine_similarity(f, told).mean() if cls else F.mse_loss(told, f))
-        if config.position:
-            total = total + F.cross_entropy(self.auxiliary["position"](position), places)
+        total: Tensor = self.auxiliary(f, *self.flow(f), places)
         return total
 
     def _collection(self, images: int) -> Collect:
@@ -405,18 +378,3 @@ class F2R(Method):
 
         peak = 4 * candidates.numel() * (2 if self.config.reselect else 1)
         return Collect("gallery", update, close, peak_bytes=peak)
-
-
-def covariance(first: Tensor, second: Tensor, *, centred: bool = True) -> Tensor:
-    """Term 1 of Eq. 5: the mean size of the covariances of z_l (N, a) and z_g (N, b) over a batch."""
-    if centred:
-        first, second = first - first.mean(0), second - second.mean(0)
-    return (first.T @ second / len(first)).abs().mean()
-
-
-def _mlp(inputs: int, width: int, outputs: int) -> nn.Sequential:
-    """Four linear layers, with batch normalisation and leaky ReLU between them."""
-    parts: list[nn.Module] = []
-    for before in (inputs, width, width):
-        parts += [nn.Linear(before, width), nn.BatchNorm1d(width), nn.LeakyReLU()]
-    return nn.Sequential(*parts, nn.Linear(width, outputs))

@@ -16,3 +16,9 @@ def fused(maps: Sequence[Tensor], grid: tuple[int, int]) -> Tensor:
         for level in maps
     ]
     return torch.cat(resized, 1).flatten(2).transpose(1, 2)
+
+
+def sampled(scored: Tensor, count: int) -> Tensor:
+    """Positions (B, n) drawn for each image, without repetition, n = `count` or all; `scored` (B, T) ones first."""
+    drawn = torch.rand(scored.shape).to(scored) + scored
+    return drawn.topk(min(count, scored.shape[1]), dim=1).indices

@@ -1,0 +1,74 @@
+"""What trains F2R's flow: its likelihood, and the terms that part z into what is there and where it is.
+
+Zhu et al., IEEE Access 2023, Eqs. 2, 5 and 6.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from flawmap.methods.contract import Config
+
+
+class FactorisationConfig(Config):
+    """Settings of the loss."""
+
+    gamma: float = Field(0.01, ge=0, description="weight of the likelihood (Eq. 6)")
+    nll_half: bool = Field(True, description="half the squared norm in Eq. 2")
+    covariance: bool = Field(True, description="term 1 of Eq. 5: z_l and z_g uncorrelated")
+    centred: bool = Field(True, description="the covariance of term 1 about the batch's mean")
+    semantics: Literal["cls", "reg", "none"] = Field("cls", description="term 2: z_l tells f, by cosine or square")
+    position: bool = Field(True, description="term 3: z_g tells the position")
+
+
+class Factorisation(nn.ModuleDict):
+    """The loss, and the networks that it needs: MLP_l, from z_l to f, and MLP_g, from z_g to the position.
+
+    Args:
+        config: which terms there are.
+        parts: channels of z_l and z_g.
+        positions: how many there are.
+    """
+
+    def __init__(self, config: FactorisationConfig, parts: tuple[int, int], positions: int) -> None:
+        super().__init__()
+        self.config, self.parts = config, parts
+        if config.semantics != "none":
+            self["semantics"] = _mlp(parts[0], sum(parts), sum(parts))
+        if config.position:
+            self["position"] = _mlp(parts[1], sum(parts), positions)
+
+    def forward(self, f: Tensor, z: Tensor, log_det: Tensor, places: Tensor) -> Tensor:
+        """Eq. 6: patches f (N, c), z (N, c) and log-determinant (N,) of their flow, and their positions (N,)."""
+        config = self.config
+        square = z.square().sum(1) / (2 if config.nll_half else 1)
+        total: Tensor = config.gamma * (square - log_det).mean()  # Eq. 2
+        local, position = z.split(self.parts, 1)
+        if config.covariance:
+            total = total + covariance(local, position, centred=config.centred)
+        if config.semantics != "none":
+            told = self["semantics"](local)
+            cls = config.semantics == "cls"
+            total = total + (1 - F.cosine_similarity(f, told).mean() if cls else F.mse_loss(told, f))
+        if config.position:
+            total = total + F.cross_entropy(self["position"](position), places)
+        return total
+
+
+def covariance(first: Tensor, second: Tensor, *, centred: bool = True) -> Tensor:
+    """Term 1 of Eq. 5: the mean size of the covariances of z_l (N, a) and z_g (N, b) over a batch."""
+    if centred:
+        first, second = first - first.mean(0), second - second.mean(0)
+    return (first.T @ second / len(first)).abs().mean()
+
+
+def _mlp(inputs: int, width: int, outputs: int) -> nn.Sequential:
+    """Four linear layers, with batch normalisation and leaky ReLU between them."""
+    parts: list[nn.Module] = []
+    for before in (inputs, width, width):
+        parts += [nn.Linear(before, width), nn.BatchNorm1d(width), nn.LeakyReLU()]
+    return nn.Sequential(*parts, nn.Linear(width, outputs))
