@@ -15,6 +15,7 @@ from flawmap.flows import Mixing
 from flawmap.methods import configure
 from flawmap.methods.cls_cnf import ClsCnf
 from flawmap.methods.decoder import Decoder
+from flawmap.methods.encoder_tuning import EncoderTuning
 
 SIZE = (64, 64)
 QUICK = {"blocks": 2, "freeze_epochs": 2, "tune_epochs": 2, "epochs": 2, "deep_levels": ()}
@@ -40,6 +41,10 @@ def trunk():
 def create(trunk, **chosen):
     config = configure(ClsCnf, {**QUICK, **chosen})
     return ClsCnf(ClsCnf.resolved(config, trunk.name), trunk, SIZE)
+
+
+def tuning_of(method):
+    return EncoderTuning(method.config, method.backbone, method.decoder, method.read)
 
 
 def inputs(images=4, seed=0):
@@ -131,14 +136,14 @@ def test_without_skips_the_deepest_level_alone_is_read():
 def test_soft_labels_are_sigmoids_of_the_change_in_pixel_values(trunk):
     good, defective, masks = inputs()
     std = np.array(trunk.std)
-    labels = create(trunk).soft_labels(good, defective, masks)
+    labels = tuning_of(create(trunk)).soft_labels(good, defective, masks)
     assert not labels[masks == 0].any()
     expected = expit(5 * np.abs(1.5 * std).mean())
     np.testing.assert_allclose(labels[masks > 0], expected, rtol=1e-5)
     darker = torch.where(masks > 0, good - 1.5, good)
-    signed = create(trunk, soft_label="official_signed_scalar").soft_labels(good, darker, masks)
+    signed = tuning_of(create(trunk, soft_label="official_signed_scalar")).soft_labels(good, darker, masks)
     np.testing.assert_allclose(signed[masks > 0], 1 - expected, rtol=1e-4)
-    binary = create(trunk, soft_label="binary").soft_labels(good, defective, masks)
+    binary = tuning_of(create(trunk, soft_label="binary")).soft_labels(good, defective, masks)
     assert torch.equal(binary, masks)
 
 
@@ -147,10 +152,10 @@ def test_the_classification_loss_is_equation_1(trunk):
     method.decoder.eval()
     with torch.no_grad():
         logits = method.decoder(method.backbone(batch[1])).double().numpy()
-        found = float(method.classification_loss(method.decoder, batch, None))
+        found = float(tuning_of(method).classification_loss(batch, None))
         inside = torch.ones_like(batch[2])
         inside[..., 32:] = 0
-        half = float(method.classification_loss(method.decoder, batch, inside))
+        half = float(tuning_of(method).classification_loss(batch, inside))
     label = batch[2].numpy()[:, :, ::4, ::4]  # the mask's borders lie on the decoder's grid
     losses = -(label * log_expit(logits) + (1 - label) * log_expit(-logits))
     assert found == pytest.approx(losses.mean(), rel=1e-4)
@@ -217,6 +222,13 @@ def test_a_weight_of_one_map_is_refused(wrong):
     assert "\n" not in str(caught.value)
 
 
+def test_other_than_three_levels_or_no_pass_are_refused(drawn):
+    with pytest.raises(FlawmapError, match="three levels, not 2"):
+        fitted(drawn, levels="blocks.2,blocks.4")
+    with pytest.raises(FlawmapError, match="give one of them a pass"):
+        configure(ClsCnf, {"freeze_epochs": 0, "tune_epochs": "0"})
+
+
 def test_a_decoder_that_redraws_does_not_classify(drawn):
     with pytest.raises(FlawmapError, match="set maps=flows"):
         fitted(drawn, encoder="regressed")
@@ -279,7 +291,7 @@ def test_separate_encoders_give_the_flows_the_pretrained_features(trunk):
             assert torch.equal(one, other)
         likely(method)
         _, _, a_p = method.parts(maps)
-        np.testing.assert_allclose(a_p, expit(method.decoder(maps[3:])), rtol=1e-5)
+        np.testing.assert_allclose(a_p, expit(method.decoder(maps[3:]).numpy()), rtol=1e-5)
 
 
 # The whole road

@@ -31,58 +31,36 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import replace
-from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from flawmap.backbones import Backbone, default_deep_levels, levels_at
 from flawmap.errors import FlawmapError
-from flawmap.methods.contract import Method, Optimise, Stage, SyntheticDefects, epochs_within
+from flawmap.methods.contract import Method, Stage
 from flawmap.methods.decoder import Decoder
+from flawmap.methods.encoder_tuning import EncoderTuning, EncoderTuningConfig
 from flawmap.methods.position_flows import PositionFlows, PositionFlowsConfig, on_common_grid
 from flawmap.methods.smoothing import Enlarge, largest, on_grid
-from flawmap.synthesis import CLS_CNF, soft_label
-
-_SLOPE = 5.0  # of soft labels
 
 
-class ClsCnfConfig(PositionFlowsConfig):
-    """Settings of CLS-CNFs; those of `PositionFlowsConfig` are the flows'."""
+class ClsCnfConfig(EncoderTuningConfig, PositionFlowsConfig):
+    """Settings of CLS-CNFs, with those of the encoder's tuning and of the flows."""
 
     levels: tuple[str, ...] | None = Field(None, description="backbone levels; those at 1/8, 1/16 and 1/32 if unset")
     deep_levels: tuple[str, ...] | None = Field(
         None, description="further levels of the image score; known ones if unset"
     )
-    encoder: Literal["classified", "regressed", "pretrained"] = Field(
-        "classified", description="tuned by telling defects from good pixels, by redrawing good images, or not at all"
-    )
     shared: bool = Field(True, description="the flows read the tuned encoder, not the pretrained one beside it")
     maps: Literal["joint", "flows", "classifier"] = Field("joint", description="what the anomaly map consists of")
     weight: float = Field(1.0, ge=0, description="w, of the classifier's map; can be moved after training")
     blocks: int = Field(6, ge=1, description="of each flow")
-    stride: Literal[1, 2, 4] = Field(4, description="input pixels to a pixel of the decoder's map")
     skips: bool = Field(True, description="the decoder takes in the encoder's shallower levels")
     upsampling: Literal["bilinear", "bicubic"] = Field("bilinear", description="how the decoder enlarges")
     reflect: bool = Field(False, description="the encoder's convolutions pad by reflection")
-    soft_label: Literal["abs_pixelwise", "official_signed_scalar", "binary"] = Field(
-        "abs_pixelwise", description="what a defect's pixels should be classified as"
-    )
-    in_domain: float = Field(0.5, ge=0, le=1, description="share of defects whose source is another training image")
-    textures: Path | None = Field(None, description="folder of texture photographs; they are drawn if unset")
-    object_mask: Literal["auto", "off"] = Field("auto", description="defects lie on the part where there is a ground")
-    freeze_epochs: int = Field(10, ge=0, description="passes in which the decoder alone is trained")
-    tune_epochs: int = Field(2, ge=0, description="passes in which the encoder is trained as well")
-    tune_steps: int = Field(600, ge=0, description="fewer passes, in proportion, where they take more; 0: no limit")
-    tune_batch_size: int = Field(8, ge=1, description="images in a batch of encoder and decoder")
-    tune_learning_rate: float = Field(1e-3, gt=0, description="of encoder and decoder, before its cosine")
-    weight_decay: float = Field(1e-4, ge=0, description="of encoder and decoder")
     sigma: float = Field(4.0, ge=0, le=1000, description="Gaussian smoothing of the flows' map, in input pixels")
 
     @model_validator(mode="after")
@@ -128,6 +106,7 @@ class ClsCnf(Method):
     config: ClsCnfConfig
 
     def __init__(self, config: ClsCnfConfig, backbone: Backbone, size: tuple[int, int]) -> None:
+        self.extractor(config, backbone, size)  # refuses what cannot be built
         backbone = copy.deepcopy(backbone)  # its weights will be this method's own
         super().__init__(config, backbone, size)
         if config.reflect:
@@ -158,13 +137,14 @@ class ClsCnf(Method):
     def levels(cls, config: ClsCnfConfig) -> tuple[str, ...]:
         return tuple(dict.fromkeys((*(config.levels or ()), *(config.deep_levels or ()))))
 
+    @classmethod
+    def extractor(cls, config: ClsCnfConfig, backbone: Backbone, size: tuple[int, int]) -> nn.Module:
+        if (found := len(config.levels or backbone.levels)) != 3:
+            raise FlawmapError(f"the decoder reads three levels, not {found}: --set levels=A,B,C, the finest first")
+        return backbone
+
     def extracting(self) -> nn.Module:
         return self.backbone if self.tuned is None else Both(self.backbone, self.tuned)
-
-    @property
-    def encoder(self) -> Backbone:
-        """The encoder that is tuned."""
-        return self.tuned or self.backbone
 
     def _drawn(self) -> Decoder:
         config, channels = self.config, self.backbone.channels[: self.read]
@@ -178,74 +158,12 @@ class ClsCnf(Method):
         config = self.config
         if config.encoder != "pretrained" or config.maps != "flows":
             self.decoder = self._drawn().to(self.w.device)
-            yield self._tuning(images, self.decoder)
-            self.encoder.requires_grad_(False)
+            tuning = EncoderTuning(config, self.tuned or self.backbone, self.decoder, self.read)
+            yield tuning.stage(images)
+            tuning.encoder.requires_grad_(False)
             self.decoder = None if config.maps == "flows" else self.decoder.eval()
         if self.density is not None:
             yield from self.density.stages(images)
-
-    def _tuning(self, images: int, decoder: Decoder) -> Optimise:
-        """Algorithm 1: the decoder alone first, then encoder and decoder, under one cosine."""
-        config = self.config
-        planned = config.freeze_epochs + config.tune_epochs
-        epochs = epochs_within(config.tune_steps, planned, images, config.tune_batch_size)
-        frozen = epochs if config.encoder == "pretrained" else round(epochs * config.freeze_epochs / planned)
-        loss = self.redrawing_loss if config.encoder == "regressed" else self.classification_loss
-
-        def before_epoch(epoch: int) -> None:
-            self.encoder.requires_grad_(epoch >= frozen)
-
-        settings = replace(CLS_CNF, kinds={"texture": 1 - config.in_domain, "image": config.in_domain})
-        return Optimise(
-            "encoder",
-            partial(loss, decoder),
-            [*self.encoder.parameters(), *decoder.parameters()],
-            epochs,
-            config.tune_batch_size,
-            partial(torch.optim.Adam, lr=config.tune_learning_rate, weight_decay=config.weight_decay),
-            schedule=lambda optimiser, steps: torch.optim.lr_scheduler.CosineAnnealingLR(
-                optimiser, steps, 1e-3 * config.tune_learning_rate
-            ),
-            inputs=SyntheticDefects(settings, textures=config.textures, foreground=config.object_mask == "auto"),
-            before_epoch=before_epoch,
-        )
-
-    def classification_loss(self, decoder: Decoder, inputs: list[Tensor], inside: Tensor | None) -> Tensor:
-        """Eq. 1: cross-entropy with soft labels, mean over pixels."""
-        images, defective, masks = inputs
-        labels = self._shrunk(self.soft_labels(images, defective, masks))
-        logits = decoder(self._encoded(defective))
-        return self._mean(F.binary_cross_entropy_with_logits(logits, labels, reduction="none"), inside)
-
-    def redrawing_loss(self, decoder: Decoder, inputs: list[Tensor], inside: Tensor | None) -> Tensor:
-        """Mean absolute difference of a good image, redrawn, from itself, of the ablation FE_REG."""
-        images = inputs[0]
-        redrawn = decoder(self._encoded(images))
-        return self._mean((redrawn - self._shrunk(images)).abs().mean(1, keepdim=True), inside)
-
-    def _encoded(self, images: Tensor) -> list[Tensor]:
-        # Channels last, a CPU runs depthwise convolutions nearly twice as fast.
-        return self.encoder(images.contiguous(memory_format=torch.channels_last))[: self.read]  # type: ignore[no-any-return]
-
-    def soft_labels(self, images: Tensor, defective: Tensor, masks: Tensor) -> Tensor:
-        """What each pixel (B, 1, H, W) should be classified as: 0 outside the masks, more where more has changed."""
-        std = torch.tensor(self.backbone.std)
-        plain, changed = ((x.cpu().movedim(1, 3) * std).numpy() for x in (images, defective))  # (B, H, W, 3)
-        labels = [
-            soft_label(before, after, mask, self.config.soft_label, _SLOPE)
-            for before, after, mask in zip(plain, changed, masks[:, 0].cpu().numpy() > 0, strict=True)
-        ]
-        return torch.from_numpy(np.stack(labels))[:, None].to(images)
-
-    def _shrunk(self, x: Tensor) -> Tensor:
-        return F.avg_pool2d(x, self.config.stride) if self.config.stride > 1 else x
-
-    def _mean(self, losses: Tensor, inside: Tensor | None) -> Tensor:
-        """The mean of (B, 1, h, w) over what is scored."""
-        if inside is None:
-            return losses.mean()
-        scored = self._shrunk(inside)
-        return (losses * scored).sum() / scored.sum()
 
     # Scoring
 
