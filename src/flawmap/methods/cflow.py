@@ -37,19 +37,21 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from flawmap.backbones import Backbone, default_deep_levels, levels_at
+from flawmap.backbones import Backbone
 from flawmap.methods.contract import Method, Stage
-from flawmap.methods.position_flows import PositionFlows, PositionFlowsConfig, on_common_grid
+from flawmap.methods.position_flows import (
+    PRINTED,
+    PositionFlows,
+    PositionFlowsConfig,
+    on_common_grid,
+    with_levels,
+)
 from flawmap.methods.smoothing import Enlarge, largest
 
 
 class CFlowConfig(PositionFlowsConfig):
     """Settings of CFLOW-AD."""
 
-    levels: tuple[str, ...] | None = Field(None, description="backbone levels; those at 1/8, 1/16 and 1/32 if unset")
-    deep_levels: tuple[str, ...] | None = Field(
-        None, description="further levels of the image score; known ones if unset"
-    )
     sigma: float = Field(4.0, ge=0, le=1000, description="Gaussian smoothing of the map, in input pixels")
 
 
@@ -59,17 +61,7 @@ class CFlow(Method):
     Config = CFlowConfig
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "paper": {
-            "deep_levels": (),
-            "pool": 1,
-            "whiten": False,
-            "hidden": 2.0,
-            "fibres": 256,
-            "shared_adam": True,
-            "image_score": "map",
-            "epochs": 200,
-            "max_steps": 0,
-            "batch_size": 32,
-            "learning_rate": 2e-4,
+            **PRINTED,
         },
     }
     optimises: ClassVar[bool] = True
@@ -85,11 +77,7 @@ class CFlow(Method):
 
     @classmethod
     def resolved(cls, config: CFlowConfig, backbone: str) -> CFlowConfig:
-        levels = config.levels or levels_at(backbone, (8, 16, 32))
-        deep = config.deep_levels
-        if deep is None:
-            deep = tuple(level for level in default_deep_levels(backbone) if level not in levels)[:1]
-        return config.model_copy(update={"levels": levels, "deep_levels": deep})
+        return with_levels(config, backbone)
 
     @classmethod
     def levels(cls, config: CFlowConfig) -> tuple[str, ...]:

@@ -38,22 +38,24 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from flawmap.backbones import Backbone, default_deep_levels, levels_at
+from flawmap.backbones import Backbone
 from flawmap.errors import FlawmapError
 from flawmap.methods.contract import Method, Stage
 from flawmap.methods.decoder import Decoder
 from flawmap.methods.encoder_tuning import EncoderTuning, EncoderTuningConfig
-from flawmap.methods.position_flows import PositionFlows, PositionFlowsConfig, on_common_grid
+from flawmap.methods.position_flows import (
+    PRINTED,
+    PositionFlows,
+    PositionFlowsConfig,
+    on_common_grid,
+    with_levels,
+)
 from flawmap.methods.smoothing import Enlarge, largest, on_grid
 
 
 class ClsCnfConfig(EncoderTuningConfig, PositionFlowsConfig):
     """Settings of CLS-CNFs, with those of the encoder's tuning and of the flows."""
 
-    levels: tuple[str, ...] | None = Field(None, description="backbone levels; those at 1/8, 1/16 and 1/32 if unset")
-    deep_levels: tuple[str, ...] | None = Field(
-        None, description="further levels of the image score; known ones if unset"
-    )
     shared: bool = Field(True, description="the flows read the tuned encoder, not the pretrained one beside it")
     maps: Literal["joint", "flows", "classifier"] = Field("joint", description="what the anomaly map consists of")
     weight: float = Field(1.0, ge=0, description="w, of the classifier's map; can be moved after training")
@@ -76,17 +78,7 @@ class ClsCnf(Method):
     Config = ClsCnfConfig
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "paper": {
-            "deep_levels": (),
-            "pool": 1,
-            "whiten": False,
-            "hidden": 2.0,
-            "fibres": 256,
-            "shared_adam": True,
-            "image_score": "map",
-            "epochs": 200,
-            "max_steps": 0,
-            "batch_size": 32,
-            "learning_rate": 2e-4,
+            **PRINTED,
             "stride": 1,
             "upsampling": "bicubic",
             "reflect": True,
@@ -127,11 +119,7 @@ class ClsCnf(Method):
     def resolved(cls, config: ClsCnfConfig, backbone: str) -> ClsCnfConfig:
         if config.encoder == "regressed" and config.maps != "flows":
             raise FlawmapError("encoder=regressed redraws images and classifies nothing: set maps=flows")
-        levels = config.levels or levels_at(backbone, (8, 16, 32))
-        deep = config.deep_levels
-        if deep is None:
-            deep = tuple(level for level in default_deep_levels(backbone) if level not in levels)[:1]
-        return config.model_copy(update={"levels": levels, "deep_levels": deep})
+        return with_levels(config, backbone)
 
     @classmethod
     def levels(cls, config: ClsCnfConfig) -> tuple[str, ...]:

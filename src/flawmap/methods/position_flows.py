@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from flawmap.backbones import default_deep_levels, levels_at
 from flawmap.flows import position_code
 from flawmap.flows.conditional import conditional_flow, standard_normal
 from flawmap.methods.contract import Collect, Config, Optimise, epochs_within
@@ -29,6 +30,10 @@ _WARM_UP = 0.08  # of all steps, the authors' 2 of 25 rounds
 class PositionFlowsConfig(Config):
     """Settings of the flows, of their training, and of what their likelihoods become."""
 
+    levels: tuple[str, ...] | None = Field(None, description="backbone levels; those at 1/8, 1/16 and 1/32 if unset")
+    deep_levels: tuple[str, ...] | None = Field(
+        None, description="further levels of the image score; known ones if unset"
+    )
     pool: int = Field(3, ge=1, description="side of the neighbourhood that is averaged, odd")
     whiten: bool = Field(True, description="whitened vectors and flows that start as a rotation")
     blocks: int = Field(8, ge=1, description="of each flow")
@@ -43,6 +48,33 @@ class PositionFlowsConfig(Config):
     max_steps: int = Field(600, ge=0, description="fewer passes where they would take more batches; 0: no limit")
     batch_size: int = Field(8, ge=1, description="images in a batch of the flows")
     learning_rate: float = Field(1e-3, gt=0, description="of the flows' Adam, after warm-up and before its cosine")
+
+
+AnyConfig = TypeVar("AnyConfig", bound=PositionFlowsConfig)
+
+PRINTED: dict[str, Any] = {
+    "deep_levels": (),
+    "pool": 1,
+    "whiten": False,
+    "hidden": 2.0,
+    "fibres": 256,
+    "shared_adam": True,
+    "image_score": "map",
+    "epochs": 200,
+    "max_steps": 0,
+    "batch_size": 32,
+    "learning_rate": 2e-4,
+}
+"""The settings of both papers."""
+
+
+def with_levels(config: AnyConfig, backbone: str) -> AnyConfig:
+    """The settings with the backbone's own levels in place of what was left open."""
+    levels = config.levels or levels_at(backbone, (8, 16, 32))
+    deep = config.deep_levels
+    if deep is None:
+        deep = tuple(level for level in default_deep_levels(backbone) if level not in levels)[:1]
+    return config.model_copy(update={"levels": levels, "deep_levels": deep})
 
 
 class PositionFlows(nn.Module):
