@@ -50,6 +50,9 @@ class Kept:
     def __init__(self, maps):
         self.maps = maps
 
+    def of(self, method):
+        return self
+
     def features(self, rows):
         return [level[list(rows)] for level in self.maps], None
 

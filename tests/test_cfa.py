@@ -141,9 +141,12 @@ def test_the_radius_is_trained_only_where_asked_and_grows_under_attraction(trunk
 def test_training_lowers_the_loss_and_leaves_bank_and_whitening_alone(trunk):
     features = drawn_features(6)
     method, optimise = collect(trunk, features, positions=0)
-    before, first = float(optimise.loss(features, None)), {k: v.clone() for k, v in method.state_dict().items()}
+    before, first = (
+        float(optimise.loss(features, None).detach()),
+        {k: v.clone() for k, v in method.state_dict().items()},
+    )
     steps(method, optimise, features, 20)
-    assert float(optimise.loss(features, None)) < 0.9 * before
+    assert float(optimise.loss(features, None).detach()) < 0.9 * before
     moved = {key for key, value in method.state_dict().items() if not torch.equal(value, first[key])}
     assert moved == {"descriptor.weight", "descriptor.bias"}
     assert (optimise.epochs, optimise.batch_size) == (method.config.epochs, method.config.batch_size)

@@ -340,9 +340,10 @@ INTERRUPTED = {**QUICK, "image_size": 64, "engine": "torch", "tune_batch_size": 
 
 @pytest.fixture(scope="module")
 def uninterrupted(drawn, tmp_path_factory):
+    path, threads = tmp_path_factory.mktemp("whole") / "m", torch.get_num_threads()
     torch.set_num_threads(1)  # as the tests do: sums of several threads have other last digits
-    path = tmp_path_factory.mktemp("whole") / "m"
     Detector("cls_cnf", **INTERRUPTED).fit(drawn).save(path)
+    torch.set_num_threads(threads)
     return path.read_bytes()
 
 
