@@ -38,6 +38,7 @@ from flawmap.synthetic_criterion import (
     test_samples,
 )
 from flawmap.training_data import Announce, Progress, quiet, silent
+from flawmap.workspace import refuse_interrupted
 
 log = logging.getLogger(__name__)
 
@@ -115,8 +116,8 @@ def tune_fit(
     candidates = _candidates(given, options, refitted if grid else None)
     if len(candidates) * len(moved) < 2:
         raise FlawmapError("nothing to choose between: give --grid two values of a setting, or one other than is set")
-    if workspace is not None and not resume and (Path(workspace) / "run").exists():
-        raise FlawmapError(f"{workspace} holds an interrupted training: go on with --resume, or delete the folder")
+    if workspace is not None and not resume:
+        refuse_interrupted(Path(workspace))
     samples = test_samples(source, category) if oracle else []
     paths = training_paths(source, category)
     parts = _split(paths, source_name(source), given, strict, progress)
@@ -198,7 +199,9 @@ def _buildable(candidate: _Candidate, needed: bool) -> bool:
         detector = Detector(**candidate.options)
         kind, size = method_class(detector.method), detector.geometry.input_size(detector.image_size)
         config = kind.resolved(detector.config, detector.backbone)
-        kind(config, create_backbone(detector.backbone, kind.levels(config), weights="random", size=size), size)
+        backbone = create_backbone(detector.backbone, kind.levels(config), weights="random", size=size)
+        kind.extractor(config, backbone, size)
+        kind(config, backbone, size)
     except FlawmapError as error:
         if needed:
             raise FlawmapError(f"{in_words(candidate.point)} cannot be tried: {error}") from error

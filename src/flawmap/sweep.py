@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,14 +166,31 @@ class Sweep:
 
     def figures(self, method: Method) -> dict[str, float]:
         """Each of `FIGURES` by `method` as it is set now, fractions in 0..1; nan where it does not exist."""
-        scores, pixels = np.full(len(self.labels), -np.inf, np.float32), PixelCurves()
-        for batch in self.scored(method):
-            np.maximum.at(scores, batch.images, batch.scores)
-            pixels.update(batch.maps, batch.masks, batch.inside)
-        found = pixels.compute()
-        values = (auroc(scores, self.labels), found.auroc, found.average_precision, found.aupro)
-        return dict(zip(FIGURES, values, strict=True))
+        return figures_of(self.scored(method), self.labels, method.localises)
 
     def _unpacked(self, packed: NDArray[np.uint8]) -> NDArray[np.bool_]:
         height, width = self._size
         return np.unpackbits(packed, count=height * width).view(np.bool_).reshape(height, width)
+
+
+def figures_of(windows: Iterable[Batch], labels: Sequence[bool], localises: bool) -> dict[str, float]:
+    """Each of `FIGURES` of scored windows, fractions in 0..1; nan where it does not exist.
+
+    Args:
+        windows: of all images.
+        labels: (N,) True for images with a defect; it may still grow while the windows come.
+        localises: as `Method.localises`.
+    """
+    best: dict[int, float] = {}
+    pixels = PixelCurves()
+    for batch in windows:
+        for image, score in zip(batch.images, batch.scores.tolist(), strict=True):
+            best[image] = max(score, best.get(image, score))
+        if localises:
+            pixels.update(batch.maps, batch.masks, batch.inside)
+    scores = np.array([best[image] for image in range(len(labels))], np.float32)
+    found = dict.fromkeys(FIGURES, float("nan")) | {"image_auroc": auroc(scores, labels)}
+    if localises:
+        curves = pixels.compute()
+        found |= {"pixel_auroc": curves.auroc, "pixel_ap": curves.average_precision, "aupro": curves.aupro}
+    return found

@@ -17,11 +17,10 @@ from flawmap.datasets import Dataset, Sample
 from flawmap.detector import labelled_samples
 from flawmap.errors import FlawmapError
 from flawmap.methods import Method, configure
-from flawmap.metrics import PixelCurves, auroc
 from flawmap.oracle import OracleGrid
 from flawmap.preparation import Preparation
 from flawmap.reading import BATCH
-from flawmap.sweep import FIGURES, Batch, Labelled, Sweep, labelled
+from flawmap.sweep import FIGURES, Batch, Labelled, Sweep, figures_of, labelled
 from flawmap.synthesis import GoodImages, find_foreground, generator, synthesize
 from flawmap.training_data import Progress, on_device, quiet
 
@@ -371,18 +370,13 @@ class Scorer:
 
     def figures(self, samples: Sequence[Sample], progress: Progress = quiet) -> dict[str, float]:
         """Each of `flawmap.sweep.FIGURES` of labelled test images, in 0..1; nan where it does not exist."""
-        scores, pixels = np.full(len(samples), -np.inf, np.float32), PixelCurves()
-        for batch in self.scored(labelled(sample) for sample in samples):
-            np.maximum.at(scores, batch.images, batch.scores)
-            if self.method.localises:
-                pixels.update(batch.maps, batch.masks, batch.inside)
-            progress("oracle", len(self.labels), len(samples))
-        found = dict.fromkeys(FIGURES, float("nan"))
-        found["image_auroc"] = auroc(scores, self.labels)
-        if self.method.localises:
-            curves = pixels.compute()
-            found |= {"pixel_auroc": curves.auroc, "pixel_ap": curves.average_precision, "aupro": curves.aupro}
-        return found
+
+        def told() -> Iterator[Batch]:
+            for batch in self.scored(labelled(sample) for sample in samples):
+                progress("oracle", len(self.labels), len(samples))
+                yield batch
+
+        return figures_of(told(), self.labels, self.method.localises)
 
 
 class _Window(NamedTuple):

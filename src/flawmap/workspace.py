@@ -34,6 +34,12 @@ def work_in(folder: Path | None, run: dict[str, Any], resume: bool) -> Iterator[
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def refuse_interrupted(folder: Path) -> None:
+    """Raises FlawmapError where a workspace holds a training that was interrupted."""
+    if (folder / "run").exists():
+        raise FlawmapError(f"{folder} holds an interrupted training: go on with --resume, or delete the folder")
+
+
 def _claim(folder: Path, run: dict[str, Any], resume: bool) -> None:
     """Makes a workspace for this run, or goes on with the one that is there.
 
@@ -45,7 +51,7 @@ def _claim(folder: Path, run: dict[str, Any], resume: bool) -> None:
     if known.exists():
         before = known.read_text(encoding="utf-8")
         if not resume:
-            raise FlawmapError(f"{folder} holds an interrupted training: go on with --resume, or delete the folder")
+            refuse_interrupted(folder)
         if before != mark:
             changed = [line.split()[0] for line in mark.splitlines() if line not in before.splitlines()]
             raise FlawmapError(

@@ -98,7 +98,6 @@ class ClsCnf(Method):
     config: ClsCnfConfig
 
     def __init__(self, config: ClsCnfConfig, backbone: Backbone, size: tuple[int, int]) -> None:
-        self.extractor(config, backbone, size)  # refuses what cannot be built
         backbone = copy.deepcopy(backbone)  # its weights will be this method's own
         super().__init__(config, backbone, size)
         if config.reflect:

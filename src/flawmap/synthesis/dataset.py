@@ -24,7 +24,7 @@ from flawmap.files import claim_folder, unwritable, write_png
 from flawmap.images import find_images, infer_white, read_image, read_mask, resize_mask
 from flawmap.synthesis.contact_sheet import contact_sheet
 from flawmap.synthesis.defects import Defect, generator, synthesize
-from flawmap.synthesis.foreground import Foreground, find_foreground
+from flawmap.synthesis.foreground import Foreground, find_foreground, looked_at
 from flawmap.synthesis.sources import KEPT, GoodImages, TextureFolder, read_kept
 from flawmap.synthesis.textures import draw_texture
 
@@ -32,7 +32,6 @@ Progress = Callable[[str, int, int], None]
 _Task = TypeVar("_Task")
 _Result = TypeVar("_Result")
 
-_LOOKED_AT = 20  # images that the foreground is found in
 _SHOWN = 48  # defects on the contact sheet
 _CHUNK = 8  # tasks a worker takes at a time
 
@@ -116,8 +115,7 @@ def write_defects(
             if not good["test"]:
                 raise FlawmapError(f"{dataset.root}: none of the good images can be read; {unreadable[0]}")
             others = good["train"] or good["test"]
-            step = -(-len(others) // _LOOKED_AT)
-            foreground = find_foreground(read_image(path) for path in others[::step])
+            foreground = find_foreground(read_image(others[i]) for i in looked_at(len(others)))
             maker = _Maker(output, good["test"], others, foreground, roi, textures, white, seed)
             kinds = []
             for done, kind in enumerate(run(maker, range(count)), 1):

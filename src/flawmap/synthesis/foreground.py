@@ -18,6 +18,7 @@ WORKING_SIDE = 256
 """Images are shrunk to this longer side first: the 3 x 3 kernels below are meant for it."""
 LEAST_DISTINCTNESS = 0.33
 """Between textures (at most 0.25) and parts on a ground (at least 0.4) of the sets it was chosen on."""
+_ENOUGH = 20  # images to decide by
 _LEAST_PIECE = 0.1  # of the largest piece's area; smaller ones are dirt on the ground
 _LARGEST_HOLE = 0.05  # of the part's area; larger holes are its shape, smaller ones something dark on it
 _BAND = 2  # pixels on either side of the outline that are compared
@@ -87,6 +88,11 @@ class Foreground:
         height, width = image.shape[:2]
         enlarged = Image.fromarray(found.astype(np.uint8)).resize((width, height), Image.Resampling.NEAREST)
         return np.asarray(enlarged).astype(np.bool_)
+
+
+def looked_at(images: int) -> range:
+    """The positions of twenty images at most, spread over so many, by which `find_foreground` may decide."""
+    return range(0, images, -(-images // _ENOUGH))
 
 
 def find_foreground(images: Iterable[NDArray[Any]]) -> Foreground:
