@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
 from flawmap import Detector, find_dataset
+from flawmap.datasets import Dataset
 from flawmap.datasets.drawn import draw_dataset
 
 FIGURES = ("image_auroc", "pixel_auroc", "pixel_ap", "aupro", "escape_rate", "overkill_rate")
@@ -31,32 +34,33 @@ def main() -> None:
     parser.add_argument("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        sets: dict[str, tuple[Path, int]] = {}
-        if options.shared.is_dir():
-            sets |= {"mtd200": (options.shared / "mtd", 224), "cookie": (options.shared / "cookie", 256)}
-            sets["mtd"] = options.shared / "mtd", 256
-        else:
-            print(f"{options.shared} is missing: the drawn sets only")
-        for kind in ("boards", "fabric", "screws"):
-            draw_dataset(Path(folder, kind), kind, 0)
-            sets[kind] = (Path(folder, kind), 256)
         print(f"| set | method | {' | '.join(FIGURES)} |\n|---|---|{'---|' * len(FIGURES)}")
-        for name in options.sets.split(","):
-            if name not in sets:
-                continue
-            root, size = sets[name]
-            paths = [sample.path for sample in find_dataset(root).train]
-            if name == "mtd200":
-                paths = sorted(paths)[::3][:200]
+        for name, dataset, size in data_sets(options.sets.split(","), options.shared, Path(folder)):
             for method in options.methods.split(","):
                 reports = []
                 for seed in map(int, options.seeds.split(",")):
                     settings = dict(pair.split("=", 1) for pair in options.settings)
-                    detector = Detector(method, image_size=options.size or size, seed=seed, **settings).fit(paths)
-                    reports.append(detector.evaluate(root))
+                    detector = Detector(method, image_size=options.size or size, seed=seed, **settings)
+                    reports.append(detector.fit(dataset).evaluate(dataset))
                 found = [[report.figures[figure] for report in reports] for figure in FIGURES]
                 values = " | ".join(_cell(row) for row in found)
                 print(f"| {name} | {method} | {values} |", flush=True)
+
+
+def data_sets(names: Sequence[str], shared: Path, folder: Path) -> Iterator[tuple[str, Dataset, int]]:
+    """Name, data and input size of each set of `names` that can be had; drawn ones are drawn in `folder`."""
+    for name in names:
+        if name in ("boards", "fabric", "screws"):
+            draw_dataset(folder / name, name, 0)
+            yield name, find_dataset(folder / name), 256
+        elif not shared.is_dir():
+            print(f"{name} is left out: {shared} is missing")
+        elif name == "mtd200":
+            dataset = find_dataset(shared / "mtd")
+            train = sorted(dataset.train, key=lambda sample: sample.path)[::3][:200]
+            yield name, replace(dataset, train=train), 224
+        else:
+            yield name, find_dataset(shared / name), 256
 
 
 def _cell(values: list[float | None]) -> str:

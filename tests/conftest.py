@@ -3,6 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from flawmap import Detector
@@ -49,6 +50,17 @@ def broken_image(good_image) -> np.ndarray:
     pixels = good_image.copy()
     pixels[40:70, 60:95] = (255, 0, 255)
     return pixels
+
+
+@pytest.fixture
+def seeded():
+    """The same draws of torch, and one thread: for layers too small for more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -18,21 +18,12 @@ from flawmap.methods.position_flows import vectors_inside, warm_cosine
 GRIDS = [(16, 16), (8, 8)]
 QUICK = {"levels": LEVELS, "deep_levels": (), "blocks": 2}
 
+pytestmark = pytest.mark.usefixtures("seeded")
+
 
 @pytest.fixture(scope="module")
 def trunk():
     return small_trunk()
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    """The same draws, and one thread: the layers are too small for more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
-    torch.set_num_threads(threads)
 
 
 def create(trunk, preset=None, **chosen):

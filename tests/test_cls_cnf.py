@@ -21,15 +21,7 @@ SIZE = (64, 64)
 QUICK = {"blocks": 2, "freeze_epochs": 2, "tune_epochs": 2, "epochs": 2, "deep_levels": ()}
 WIDE = (512, 1024, 2048)
 
-
-@pytest.fixture(autouse=True)
-def seeded():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """One matrix over the registry, then what each method's paper says, in numbers."""
 
+import copy
 import typing
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from scipy.spatial.distance import cdist, mahalanobis
 from feature_maps import LEVELS, SIZE, drawn_features, small_trunk
 from flawmap import Detector, FlawmapError
 from flawmap.backbones.engines import to_onnx
-from flawmap.methods import METHODS, configure, method_class
+from flawmap.methods import METHODS, SyntheticDefects, configure, method_class
 from flawmap.methods.smoothing import enlarging_matrix
+from flawmap.synthesis import KINDS
 
 # A few values for settings whose annotation does not list them.
 _SAMPLES = {bool: ["true", "false"], int: ["3"], float: ["0.5"], str: ["blocks.1"]}
@@ -100,6 +102,13 @@ class TestEveryMethod:
                     ours = detector.method_(torch.from_numpy(batch))
                 for a, b in zip(ours, theirs, strict=True):
                     np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-4 * float(a.abs().max()))
+
+    def test_tuning_leaves_out_the_defects_that_it_trains_on(self, name, fitted):
+        method = copy.deepcopy(fitted(name).method_)
+        inputs = [stage.inputs for stage in method.stages(8)]
+        trained = [set(source.settings.kinds) for source in inputs if isinstance(source, SyntheticDefects)]
+        assert bool(trained) == bool(method.trained_on)
+        assert set().union(*trained) <= method.trained_on < KINDS.keys()
 
     def test_an_images_result_does_not_depend_on_its_batch(self, name, fitted, images):
         method = fitted(name).method_

@@ -18,7 +18,7 @@ from flawmap.inspection import Inspection
 from flawmap.report.charts import ScoreRow, score_histograms
 from flawmap.report.overlays import HeatScale
 from flawmap.report.page import (
-    Atypical,
+    AtypicalPicture,
     Learnt,
     LeftOut,
     Picture,
@@ -429,7 +429,7 @@ def test_a_training_page_with_findings(out, tmp_path):
     learnt = Learnt(
         [(40, 60), (50, 80)],
         left_out=[LeftOut(gone, f"{gone}: is empty; copy it again"), LeftOut(paths[0], "another part")],
-        atypical=[Atypical(paths[3], 9.5, 0.01, picture()), Atypical(paths[4], 1.25, 0.5)],
+        atypical=[AtypicalPicture(paths[3], 9.5, 0.01, picture()), AtypicalPicture(paths[4], 1.25, 0.5)],
         near_duplicates=[paths[:2], paths[2:5]],
         in_train_and_test=[(paths[0], gone)],
     )

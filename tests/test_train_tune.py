@@ -9,13 +9,14 @@ import pytest
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from flawmap import Detector, FlawmapError, find_dataset, refitting
+from flawmap import Detector, FlawmapError, find_dataset, refitting, synthetic_criterion
 from flawmap.geometry import Geometry
 from flawmap.images import Preprocessing, digest
 from flawmap.oracle import OracleGrid
 from flawmap.preparation import Preparation
 from flawmap.refitting import tune_fit
 from flawmap.sweep import Batch
+from flawmap.synthesis import DEFAULTS, synthesize
 from flawmap.synthetic_criterion import Compared, Criterion, in_words, synthetic_images
 
 SMALL = {"image_size": 64, "engine": "torch", "deep_levels": (), "min_vectors": 40}
@@ -153,6 +154,19 @@ def test_defects_lie_where_images_are_scored(good):
     made = [image for image in synthetic_images(good[:3], preparation(64, region=region), 0) if image.defective]
     assert made
     assert all(not image.mask[:, 64:].any() for image in made)
+
+
+def test_defects_are_of_other_kinds_than_those_trained_on(good, monkeypatch):
+    drawn = []
+
+    def synthesized(*arguments, settings, **others):
+        drawn.append(settings)
+        return synthesize(*arguments, settings=settings, **others)
+
+    monkeypatch.setattr(synthetic_criterion, "synthesize", synthesized)
+    list(synthetic_images(good[:2], preparation(64), 0, frozenset({"texture", "scar"})))
+    assert set(drawn[0].kinds) == {"image", "rearranged", "cutpaste"}
+    assert drawn == [replace(DEFAULTS, kinds=drawn[0].kinds)] * 8
 
 
 # Fitting

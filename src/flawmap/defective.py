@@ -11,10 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flawmap.methods import SyntheticDefects
-from flawmap.synthesis import TextureFolder, draw_texture, find_foreground, synthesize
+from flawmap.synthesis import TextureFolder, draw_texture, find_foreground, looked_at, synthesize
 from flawmap.training_data import TrainingData
 
-_LOOKED_AT = 20  # inputs by which it is decided whether they show a part on a ground
 _KEPT = 256_000_000  # bytes of inputs in memory; what goes beyond is read anew each time
 
 
@@ -30,10 +29,8 @@ class DefectiveBatches:
         self._textures = draw_texture if inputs.textures is None else TextureFolder(inputs.textures)
         self._kept: dict[int, tuple[NDArray[np.float16], NDArray[np.bool_]]] = {}
         self._others = _Pixels(self, rows)
-        step = -(-len(rows) // _LOOKED_AT)
-        self.foreground = (
-            find_foreground(self._others[i] for i in range(0, len(rows), step)) if inputs.foreground else None
-        )
+        shown = (self._others[i] for i in looked_at(len(rows)))
+        self.foreground = find_foreground(shown) if inputs.foreground else None
 
     def __call__(self, rows: Sequence[int], rngs: Sequence[np.random.Generator]) -> tuple[list[Tensor], Tensor | None]:
         """The batch of some rows, each with its own generator, as `SyntheticDefects` describes it, and `inside`."""

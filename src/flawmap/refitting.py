@@ -291,7 +291,8 @@ def _measure(
     detector: Detector, points: Sequence[Point], held_out: Sequence[Path], samples: Sequence[Sample], progress: Progress
 ) -> _Measured:
     method, preparation = detector.method_, detector.preparation_
-    images, most = synthetic_images(held_out, preparation, detector.seed), len(held_out) * (1 + DEFECTS)
+    images = synthetic_images(held_out, preparation, detector.seed, method.trained_on)
+    most = len(held_out) * (1 + DEFECTS)
     engine = detector.extraction_engine()
     if method.live:
         shared = (preparation, engine, detector.device, progress)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,14 +21,13 @@ from flawmap.oracle import OracleGrid
 from flawmap.preparation import Preparation
 from flawmap.reading import BATCH
 from flawmap.sweep import FIGURES, Batch, Labelled, Sweep, figures_of, labelled
-from flawmap.synthesis import GoodImages, find_foreground, generator, synthesize
+from flawmap.synthesis import DEFAULTS, GoodImages, find_foreground, generator, looked_at, synthesize
 from flawmap.training_data import Progress, on_device, quiet
 
 DEFECTS = 4
 """Synthetic defects made from each good image."""
 FEWEST = 4
 """Good images to tune on."""
-_LOOKED_AT = 20  # images by which it is decided whether they show a part on a ground
 _LIMIT = 0.3  # of the false-positive rate, as AUPRO's
 _STRIDE = 4  # every so many good pixels give their distribution
 _RESAMPLES = 1000
@@ -140,14 +139,19 @@ def _in_words(name: str, value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def synthetic_images(paths: Sequence[Path], preparation: Preparation, seed: int) -> Iterator[Labelled]:
+def synthetic_images(
+    paths: Sequence[Path], preparation: Preparation, seed: int, trained_on: frozenset[str] = frozenset()
+) -> Iterator[Labelled]:
     """Each good image, followed by up to `DEFECTS` copies with a synthetic defect each, on the part and where it is
     scored.
 
-    Defects are made on the original pixels, so they are the same for whatever size `preparation` resizes to.
+    Defects are made on the original pixels, so they are the same for whatever size `preparation` resizes to. None is of
+    a kind in `trained_on`, `Method.trained_on`: a method tells such ones more surely than real defects.
     """
+    kinds = {kind: share for kind, share in DEFAULTS.kinds.items() if kind not in trained_on}
+    settings = replace(DEFAULTS, kinds=kinds)
     others = GoodImages(paths)
-    foreground = find_foreground(others[i] for i in range(min(len(paths), _LOOKED_AT)))
+    foreground = find_foreground(others[i] for i in looked_at(len(paths)))
     white = preparation.preprocessing.white
     for number in range(len(paths)):
         pixels = others[number]
@@ -155,7 +159,7 @@ def synthetic_images(paths: Sequence[Path], preparation: Preparation, seed: int)
         region = foreground.mask(pixels) & _scored(pixels, preparation)
         for copy in range(DEFECTS):
             rng = generator(seed, number * DEFECTS + copy)
-            defect = synthesize(pixels, rng, others, region=region, white=white)
+            defect = synthesize(pixels, rng, others, region=region, settings=settings, white=white)
             if defect.mask.any():
                 yield Labelled(defect.image, True, defect.mask)
 

@@ -84,7 +84,7 @@ def tune(
             f"{len(chosen)} good images in {source_name(source)} are left to tune on, beside those that were fitted "
             f"and those that have to calibrate: give at least {FEWEST} more"
         )
-    images = synthetic_images(list(chosen.values()), preparation, seed)
+    images = synthetic_images(list(chosen.values()), preparation, seed, method.trained_on)
     shared = (preparation, detector.extraction_engine(), detector.device, progress)
     with Sweep(method, images, len(chosen) * (1 + DEFECTS), *shared) as sweep:
         compared = Compared(points, *compare_live(method, sweep, points, progress), sweep.labels)

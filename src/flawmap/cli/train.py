@@ -280,7 +280,7 @@ def write_report(path: Path, detector: Detector, dataset: Dataset) -> None:
     from flawmap.datasets.duplicates import in_train_and_test
     from flawmap.errors import ImageError
     from flawmap.images import read_image
-    from flawmap.report.page import Atypical, Learnt, LeftOut, take_picture, write_training_page
+    from flawmap.report.page import AtypicalPicture, Learnt, LeftOut, take_picture, write_training_page
 
     scale = detector.heat_scale()
     unusual = detector.atypical_[:_SHOWN]
@@ -290,7 +290,7 @@ def write_report(path: Path, detector: Detector, dataset: Dataset) -> None:
             picture = None if scale is None else take_picture(read_image(one.path), inspection, scale)
         except ImageError:  # gone since it was read
             picture = None
-        pictures.append(Atypical(one.path, one.score, one.p_value, picture))
+        pictures.append(AtypicalPicture(one.path, one.score, one.p_value, picture))
     left_out = []
     for error in detector.left_out_:
         name, _, reason = str(error).partition(": ")

@@ -92,6 +92,7 @@ class ClsCnf(Method):
     }
     optimises: ClassVar[bool] = True
     tunes: ClassVar[bool] = True
+    trained_on: ClassVar[frozenset[str]] = frozenset({"texture", "image"})
     live: ClassVar[tuple[str, ...]] = ("weight",)
     searched: ClassVar[dict[str, tuple[float, ...]]] = {"weight": tuple(np.arange(1, 21) / 20)}
     live_buffers: ClassVar[tuple[str, ...]] = ("w",)

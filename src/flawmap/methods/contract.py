@@ -127,6 +127,8 @@ class Method(nn.Module):
         pools: True where the extractor pools whole maps, and so has to know where an image is scored: it then takes
             (images, inside).
         tunes: True where stages train the extractor; stages after those, and calibration, take its features anew.
+        trained_on: the kinds of synthetic defect, of `flawmap.synthesis.KINDS`, that stages may make, and those too
+            near them to be new to the method; tuning makes other ones.
         live: settings that can be moved after training, see `with_settings`.
         searched: the values of each live setting among which the method's paper chooses.
         reselects: True where `reselect` has something to choose.
@@ -143,6 +145,7 @@ class Method(nn.Module):
     positional: ClassVar[bool] = False
     pools: ClassVar[bool] = False
     tunes: ClassVar[bool] = False
+    trained_on: ClassVar[frozenset[str]] = frozenset()
     live: ClassVar[tuple[str, ...]] = ()
     searched: ClassVar[dict[str, tuple[float, ...]]] = {}
     reselects: ClassVar[bool] = False

@@ -235,6 +235,7 @@ class Reconstructive(Method):
     """
 
     optimises: ClassVar[bool] = True
+    trained_on: ClassVar[frozenset[str]] = frozenset({"texture", "merged"})
     defects: ClassVar[SynthesisSettings]
     printed_size: ClassVar[int]
     config: Any

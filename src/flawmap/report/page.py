@@ -95,7 +95,7 @@ class LeftOut:
 
 
 @dataclass(frozen=True)
-class Atypical:
+class AtypicalPicture:
     """A good training image that looks unlike the others: its cross-fitted score and p-value."""
 
     path: Path
@@ -118,7 +118,7 @@ class Learnt:
 
     sizes: Sequence[tuple[int, int]]
     left_out: Sequence[LeftOut] = ()
-    atypical: Sequence[Atypical] = ()
+    atypical: Sequence[AtypicalPicture] = ()
     near_duplicates: Sequence[Sequence[Path]] = ()
     in_train_and_test: Sequence[tuple[Path, Path]] = ()
 

@@ -1,14 +1,26 @@
 """Synthetic defects: masks, foregrounds, sources, blends and soft labels, as functions of arrays and a generator."""
 
-from flawmap.synthesis.defects import CLS_CNF, DRAEM, POUTA, Defect, SynthesisSettings, generator, synthesize
-from flawmap.synthesis.foreground import Foreground, find_foreground
+from flawmap.synthesis.defects import (
+    CLS_CNF,
+    DEFAULTS,
+    DRAEM,
+    KINDS,
+    POUTA,
+    Defect,
+    SynthesisSettings,
+    generator,
+    synthesize,
+)
+from flawmap.synthesis.foreground import Foreground, find_foreground, looked_at
 from flawmap.synthesis.labels import soft_label
 from flawmap.synthesis.sources import GoodImages, TextureFolder
 from flawmap.synthesis.textures import draw_texture
 
 __all__ = [
     "CLS_CNF",
+    "DEFAULTS",
     "DRAEM",
+    "KINDS",
     "POUTA",
     "Defect",
     "Foreground",
@@ -18,6 +30,7 @@ __all__ = [
     "draw_texture",
     "find_foreground",
     "generator",
+    "looked_at",
     "soft_label",
     "synthesize",
 ]
