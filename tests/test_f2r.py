@@ -69,8 +69,8 @@ def patches(features, method):
     side = method.config.patch_pool
     pooled = [F.avg_pool2d(level.double(), side, 1, side // 2, count_include_pad=False) for level in features]
     maps = [F.interpolate(level, size=(8, 8), mode="bilinear", align_corners=False) for level in pooled]
-    f = (torch.cat(maps, 1).flatten(2).transpose(1, 2) - method.shift.double()) * method.scale.double()
-    return (f if method.axes is None else f @ method.axes.double()).numpy()
+    f = (torch.cat(maps, 1).flatten(2).transpose(1, 2) - method.patches.shift.double()) * method.patches.scale.double()
+    return (f if method.patches.axes is None else f @ method.patches.axes.double()).numpy()
 
 
 def test_the_paper_sized_flow_counts_what_the_paper_counts_and_multiplies_nearly_as_much():
@@ -87,7 +87,7 @@ def test_the_paper_sized_flow_counts_what_the_paper_counts_and_multiplies_nearly
         80.87, abs=0.005
     )  # the paper: 80.72, of which the layout is not told
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        method.eval()._transformed(torch.empty(784, 1536, device="meta"))
+        method.eval().flow.transform(torch.empty(784, 1536, device="meta"))
     macs = counter.get_total_flops() // 2 - 6 * 784 * 1536**2  # without the mixing matrices
     assert (macs + wide.macs((224, 224))) / 1e9 == pytest.approx(42.0, abs=0.05)  # the paper: 43.27
     assert sum(parameter.numel() for parameter in method.parameters()) == backbone + flow
@@ -108,7 +108,7 @@ def test_the_flow_can_be_undone_after_training(trunk, mixing):
     for kind, limit in ((torch.float64, 1e-8), (torch.float32, 1e-4)):
         flow, x = method.flow.to(kind), f.to(kind)
         z = flow(x)[0]
-        torch.testing.assert_close(method._transformed(x), z)
+        torch.testing.assert_close(method.flow.transform(x), z)
         assert float((z - x).norm()) > 0.1 * float(x.norm())
         assert float((flow.inverse(z) - x).norm() / x.norm()) < limit
 
@@ -334,7 +334,7 @@ def test_auxiliary_networks_are_kept_while_they_train_and_dropped_after(trunk):
 
     method = fit(trunk, drawn_features(3), at=look)
     assert {key.split(".")[0] for key in method.state_dict()} == {
-        "backbone", "shift", "scale", "axes", "vectors", "index", "flow"
+        "backbone", "patches", "vectors", "index", "flow"
     }  # fmt: skip
     loaded = create(trunk)
     loaded.load_state(method.state_dict())
@@ -375,8 +375,8 @@ def test_what_lies_outside_is_neither_learnt_nor_raises_the_score(trunk):
     trunk = create_backbone(levels=LEVELS[1:], weights="random", size=SIZE)
     plain = fit(trunk, features[1:], inside=inside, **settings)
     method = fit(trunk, wild[1:], inside=inside, **settings)
-    for key in ("shift", "scale", "axes", "vectors", "index"):
-        torch.testing.assert_close(getattr(method, key), getattr(plain, key), rtol=1e-3, atol=1e-3)
+    for key in ("patches.shift", "patches.scale", "patches.axes", "vectors", "index"):
+        torch.testing.assert_close(method.get_buffer(key), plain.get_buffer(key), rtol=1e-3, atol=1e-3)
     assert len(method.index) == 16  # a tenth of half the patches
     maps, scores = method.score(wild[1:], inside)
     assert float(maps.max()) > 100
@@ -404,9 +404,9 @@ def test_an_exported_graph_follows_alpha_and_beta(trained, engine):
 
 def test_the_papers_preset_trains(trunk):
     method = fit(trunk, drawn_features(3), preset="paper", epochs=2)
-    assert method.axes is None
+    assert method.patches.axes is None
     assert method.channels == 64
-    assert torch.equal(method.scale, torch.ones(64))
+    assert torch.equal(method.patches.scale, torch.ones(64))
     assert len(method.index) == 19  # a tenth
 
 

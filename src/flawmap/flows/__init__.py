@@ -2,6 +2,7 @@
 
 from flawmap.flows.blocks import ActNorm, Block, Flow, Mixing, MixingKind
 from flawmap.flows.coupling import Clamp, Coupling, Subnet
+from flawmap.flows.glow import Glow
 from flawmap.flows.subnets import CBAM, Separate, convolutions, mlp, position_code
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "Clamp",
     "Coupling",
     "Flow",
+    "Glow",
     "Mixing",
     "MixingKind",
     "Separate",

@@ -40,12 +40,12 @@ from torch import Tensor, nn
 
 from flawmap.backbones import Backbone, levels_at
 from flawmap.methods.contract import Collect, Config, Method, Optimise, Stage, epochs_within
-from flawmap.methods.moments import Moments
+from flawmap.methods.hypersphere_centres import HypersphereCentres
+from flawmap.methods.moments import Moments, whitening_axes
 from flawmap.methods.patches import fused, sampled
 from flawmap.methods.smoothing import Enlarge, largest, on_grid
-from flawmap.neighbours import k_means, k_nearest, nearest, search_index
+from flawmap.neighbours import k_nearest, nearest, search_index
 
-_PER_CENTRE, _MOST = 100, 100_000  # patches that K-means sees: of each centre, and in all
 _RADIUS_SAMPLE = 4096
 _RIDGE = 0.1  # of the mean variance: directions that good parts hardly use must not drown the others
 _ROWS = 2048  # queries whose products with the bank are held at a time
@@ -191,80 +191,52 @@ class CFA(Method):
         moments = Moments(width)
 
         def update(features: list[Tensor], inside: Tensor | None) -> None:
-            moments.update(torch.cat(self._scored(self.patches(features), inside)))  # (N, D)
+            patches = self.patches(features)  # (B, T, D)
+            moments.update(patches[self._weights(inside, patches) > 0])
 
         def close(progress: Callable[[int, int], None]) -> None:
-            variances, axes = torch.linalg.eigh(moments.covariance())
-            variances, axes = variances.flip(0).clamp_min(0), axes.flip(1)  # largest first: gamma_d keeps those
-            scale = (variances + _RIDGE * variances.mean() + 1e-12).rsqrt() / math.sqrt(width)
             assert self.rotation is not None
             self.shift.copy_(moments.mean())
-            self.rotation.copy_(axes * scale)
+            # Largest variances first: gamma_d keeps those.
+            self.rotation.copy_(whitening_axes(moments.covariance(), _RIDGE) / math.sqrt(width))
             progress(1, 1)
 
         return Collect("whitening", update, close, peak_bytes=4 * 8 * width * width)
 
     def _memory(self, images: int) -> Collect:
         """The memory bank, in the space of the untrained descriptor, and the radius where the data give it."""
-        positions, width = self.grid[0] * self.grid[1], self.index.shape[1]
-        wanted = _RADIUS_SAMPLE
-        if self.config.bank == "kmeans":
-            wanted = max(self.vectors, min(_PER_CENTRE * self.vectors, _MOST))
-        per_image = min(positions, math.ceil(wanted / images))
-        sample: list[Tensor] = []
-        centres = torch.zeros(0)  # (M, D') of ema
-        sums = torch.zeros(positions, width, dtype=torch.float64)  # of each position, and how many, of mean
-        seen = 0
+        config, positions = self.config, self.grid[0] * self.grid[1]
+        bank = HypersphereCentres(
+            config.bank,
+            self.vectors,
+            images,
+            positions,
+            self.index.shape[1] - 1,
+            beta=config.beta,
+            sample=_RADIUS_SAMPLE,
+        )
 
         def update(features: list[Tensor], inside: Tensor | None) -> None:
-            nonlocal centres, seen
             embedded = self.embed(features)  # (B, T, D')
-            if self.config.bank == "mean":
-                weights = self._weights(inside, embedded)[..., None]  # (B, T, 1)
-                sums.add_(torch.cat([embedded * weights, weights], 2).double().sum(0).cpu())
-            for patches in self._scored(embedded, inside):
-                if len(sample) * per_image < wanted:
-                    sample.append(patches[torch.randperm(len(patches))[:per_image]])
-                if self.config.bank == "ema":
-                    beta = self.config.beta or 1 / (seen + 1)
-                    centres = moving_average(centres, patches, beta) if seen else self._clustered(patches)
-                    seen += 1
+            bank.add(embedded, self._weights(inside, embedded))
 
         def close(progress: Callable[[int, int], None]) -> None:
-            patches = torch.cat(sample)
-            if self.config.bank == "kmeans":
-                bank = self._clustered(patches, progress)
-            elif self.config.bank == "mean":
-                known = sums[sums[:, -1] > 0]
-                bank = self._clustered((known[:, :-1] / known[:, -1:]).to(patches), progress)
-            else:
-                bank = centres
-            self.index = search_index(bank)
-            if self.config.radius:
-                self.radius.fill_(self.config.radius)
+            centres, patches = bank.close(progress)
+            self.index = search_index(centres)
+            if config.radius:
+                self.radius.fill_(config.radius)
             else:
                 some = patches[torch.randperm(len(patches))[:_RADIUS_SAMPLE]]
-                distances = self._distances(some, min(self.config.k, len(bank)))
-                self.radius.copy_(distances.flatten().quantile(self.config.radius_quantile).sqrt())
+                distances = self._distances(some, min(config.k, len(centres)))
+                self.radius.copy_(distances.flatten().quantile(config.radius_quantile).sqrt())
 
-        peak = 6 * per_image * images + 2 * self.vectors + 2 * positions  # K-means holds its points several times
-        return Collect("memory bank", update, close, peak_bytes=4 * width * peak)
+        return Collect("memory bank", update, close, peak_bytes=bank.peak_bytes)
 
     def _weights(self, inside: Tensor | None, embedded: Tensor) -> Tensor:
         """(B, T): one for the positions that are scored, zero for the others."""
         if inside is None:
             return torch.ones_like(embedded[..., 0])
         return on_grid(inside, self.grid).flatten(1)
-
-    def _scored(self, patches: Tensor, inside: Tensor | None) -> list[Tensor]:
-        """(B, T, C) -> the patches (N, C) of each image that are scored."""
-        weights = self._weights(inside, patches)
-        return [some[weight > 0] for some, weight in zip(patches, weights, strict=True)]
-
-    def _clustered(self, patches: Tensor, progress: Callable[[int, int], None] | None = None) -> Tensor:
-        """K-means centres of patches (N, D'); the patches themselves where the bank holds as many."""
-        generator = torch.Generator().manual_seed(torch.initial_seed())
-        return k_means(patches, self.vectors, generator=generator, tolerance=1e-3, progress=progress)
 
     def _distances(self, embedded: Tensor, count: int) -> Tensor:
         """(N, D') -> (N, count): D, to the nearest vectors of the bank, as the loss measures them."""
@@ -316,17 +288,3 @@ def coordinates(height: int, width: int) -> Tensor:
     """(1, h*w, 2): row and column of each position, from -1 to 1 (CoordConv, Liu et al. 2018)."""
     rows, columns = torch.linspace(-1, 1, height), torch.linspace(-1, 1, width)
     return torch.stack(torch.meshgrid(rows, columns, indexing="ij"), 2).view(1, -1, 2)
-
-
-def moving_average(bank: Tensor, patches: Tensor, beta: float) -> Tensor:
-    """One step of Algorithm 1: each vector of the bank (M, D'), in turn, moves to its nearest unused patch (T, D').
-
-    Where a region of interest leaves fewer patches than vectors, the last vectors stay.
-    """
-    distances = torch.cdist(bank, patches)
-    chosen = []
-    for row in distances[: len(patches)]:
-        chosen.append(int(row.argmin()))
-        distances[:, chosen[-1]] = torch.inf
-    moved = (1 - beta) * bank[: len(chosen)] + beta * patches[chosen]
-    return torch.cat([moved, bank[len(chosen) :]])

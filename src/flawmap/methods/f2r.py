@@ -35,18 +35,17 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from flawmap.backbones import Backbone, default_levels, levels_at
 from flawmap.backbones.catalogue import DEFAULT_BACKBONE
 from flawmap.errors import FlawmapError
-from flawmap.flows import ActNorm, Block, Coupling, Flow, Mixing, mlp
+from flawmap.flows import Glow
 from flawmap.methods.contract import Collect, Method, Optimise, Stage, epochs_within
 from flawmap.methods.factorisation import Factorisation, FactorisationConfig
-from flawmap.methods.moments import Moments
-from flawmap.methods.patches import fused, sampled
+from flawmap.methods.patch_projection import PatchProjection
+from flawmap.methods.patches import PatchSample, sampled
 from flawmap.methods.smoothing import Enlarge, largest, on_grid
 from flawmap.neighbours import k_center_greedy, nearest, search_index
 
@@ -120,23 +119,24 @@ class F2R(Method):
         super().__init__(config, backbone, size)
         finest = max(config.stride, min(backbone.reductions))
         self.grid = (round(size[0] / finest), round(size[1] / finest))  # h, w
-        width = sum(backbone.channels)  # D
-        self.channels = min(config.components, width) or width  # c
+        self.patches = PatchProjection(
+            backbone.channels,
+            self.grid,
+            pool=config.patch_pool,
+            standardise=config.standardise,
+            balance=config.balance,
+            components=config.components,
+        )
+        self.channels = self.patches.outputs  # c
         local = min(max(1, round(config.split * self.channels)), self.channels - 1)
         self.parts = (local, self.channels - local)  # of z_l and z_g
-        self.register_buffer("shift", torch.zeros(width))
-        self.register_buffer("scale", torch.ones(width))
-        self.register_buffer("axes", torch.zeros(width, self.channels) if config.components else None)
         self.register_buffer("factors", self._factors(), persistent=False)
         self.register_buffer("vectors", torch.zeros(0, self.channels))  # f of the gallery's patches
         self.register_buffer("index", torch.zeros(0, self.channels + 1))  # of their reverted features
-        self.shift: Tensor
-        self.scale: Tensor
-        self.axes: Tensor | None
         self.factors: Tensor
         self.vectors: Tensor
         self.index: Tensor
-        self.flow = self._flow()  # T
+        self.flow = self._drawn()  # T
         self.auxiliary: Factorisation | None = None  # while T is trained
         self.resize = Enlarge(self.grid, size, config.sigma)
 
@@ -157,66 +157,19 @@ class F2R(Method):
     def views(cls, config: F2RConfig) -> tuple[int, float]:
         return config.views, config.rotation
 
-    def _flow(self) -> Flow:
-        """Glow's steps (Kingma & Dhariwal 2018, Fig. 2) on vectors."""
-        config, blocks = self.config, list[Block]()
-        for _ in range(config.steps):
-            blocks += [ActNorm(self.channels)] if config.actnorm else []
-            blocks.append(Mixing(self.channels, config.mixing))
-            blocks.append(Coupling(self.channels, mlp(max(1, round(config.hidden * self.channels)), layers=3)))
-        return Flow(blocks)
-
-    def _pooled(self, features: list[Tensor]) -> list[Tensor]:
-        """Each patch averaged with its neighbourhood."""
-        side = self.config.patch_pool
-        if side == 1:
-            return features
-        return [F.avg_pool2d(level, side, 1, side // 2, count_include_pad=False) for level in features]
-
-    def patches(self, features: list[Tensor]) -> Tensor:
-        """-> (B, h*w, c): f, all levels on one grid."""
-        pooled = self._pooled(features)
-        if self.axes is None:
-            return (fused(pooled, self.grid) - self.shift) * self.scale
-        # Enlarging is linear too, and cheaper after the projection than before.
-        projection = self.scale[:, None] * self.axes  # (D, c)
-        parts = projection.T[..., None, None].split(self.backbone.channels, 1)
-        projected = [F.conv2d(level, part) for level, part in zip(pooled, parts, strict=True)]
-        return sum((fused([level], self.grid) for level in projected), -self.shift @ projection)
+    def _drawn(self) -> Glow:
+        config = self.config
+        hidden = max(1, round(config.hidden * self.channels))
+        return Glow(self.channels, config.steps, hidden, mixing=config.mixing, actnorm=config.actnorm)
 
     def latents(self, features: list[Tensor], inside: Tensor | None = None) -> Tensor:
         """z = T(f) of every patch (B, h*w, c)."""
         patches = self.patches(features)
-        return self._transformed(patches.flatten(0, 1)).view(patches.shape)
-
-    def _steps(self) -> list[tuple[Tensor, Tensor, Mixing, Coupling]]:
-        """Of each step: scale and offset (c,) of its normalisation, its mixing, its coupling."""
-        steps = []
-        scale, offset = torch.ones_like(self.factors), torch.zeros_like(self.factors)
-        for block in self.flow.blocks:
-            if isinstance(block, ActNorm):
-                scale, offset = block.log_scale().exp(), block.offset
-            elif isinstance(block, Mixing):
-                mixing = block
-            else:
-                assert isinstance(block, Coupling)
-                steps.append((scale, offset, mixing, block))
-        return steps
-
-    def _transformed(self, f: Tensor) -> Tensor:
-        """(N, c) -> (N, c): z = T(f), without its determinant, what comes before a coupling as one product."""
-        for scale, offset, mixing, coupling in self._steps():
-            weight = mixing.weight().to(f)
-            f = coupling.at_positions(F.linear(f, weight * scale, weight @ offset))[0]
-        return f
+        return self.flow.transform(patches.flatten(0, 1)).view(patches.shape)
 
     def _reverted(self, z: Tensor) -> Tensor:
         """(N, c) -> (N, c): f' = T^-1([alpha z_l, beta z_g])."""
-        z = z * self.factors
-        for scale, offset, mixing, coupling in reversed(self._steps()):
-            inverse = mixing.inverse_weight().to(z)
-            z = F.linear(coupling.inverse(z), inverse / scale[:, None], -offset / scale)
-        return z
+        return self.flow.revert(z * self.factors)
 
     @property
     def _intact(self) -> bool:
@@ -258,7 +211,7 @@ class F2R(Method):
         """f (M, c) -> f' (M, c), as the gallery holds it."""
         if self._intact or not len(f):
             return f
-        return torch.cat([self._reverted(self._transformed(part)) for part in f.split(_ROWS)])
+        return torch.cat([self._reverted(self.flow.transform(part)) for part in f.split(_ROWS)])
 
     @torch.no_grad()
     def reselect(self, latents: Tensor) -> None:
@@ -276,42 +229,16 @@ class F2R(Method):
         self.index = search_index(self._gallery(self.vectors))
 
     def stages(self, images: int) -> Iterator[Stage]:
-        self.flow = self._flow().to(self.shift.device)
-        if self.config.standardise or self.config.components:
-            yield self._moments()
+        device = self.factors.device
+        self.flow = self._drawn().to(device)
+        if self.patches.learns:
+            yield self.patches.moments()
         if self.config.epochs:
             positions = self.grid[0] * self.grid[1]
-            self.auxiliary = Factorisation(self.config, self.parts, positions).to(self.shift.device)
+            self.auxiliary = Factorisation(self.config, self.parts, positions).to(device)
             yield self._training(images)
             self.auxiliary = None
         yield self._collection(images)
-
-    def _moments(self) -> Collect:
-        """Shift and scale of the channels, and the axes on which most of f lies."""
-        width, channels = len(self.shift), self.backbone.channels
-        shares = torch.cat([torch.full((n,), n * len(channels) / width, dtype=torch.float64) for n in channels])
-        weights = shares ** (-self.config.balance / 2)  # (D,)
-        moments = Moments(width)
-
-        def update(features: list[Tensor], inside: Tensor | None) -> None:
-            patches = fused(self._pooled(features), self.grid).flatten(0, 1)  # (B*h*w, D)
-            moments.update(patches if inside is None else patches[on_grid(inside, self.grid).flatten() > 0])
-
-        def close(progress: Callable[[int, int], None]) -> None:
-            covariance = moments.covariance()
-            self.shift.copy_(moments.mean())
-            if self.config.standardise:
-                std = covariance.diagonal().clamp_min(0).sqrt()
-                # A channel that good parts hardly use must not drown the others as soon as a part does use it.
-                scale = weights / std.clamp_min(0.1 * float(std.mean()) + 1e-12)
-                self.scale.copy_(scale.to(self.scale))
-                covariance = covariance * scale[:, None] * scale
-            if self.axes is not None:
-                axes = torch.linalg.eigh(covariance).eigenvectors.flip(1)  # largest variance first
-                self.axes.copy_(axes[:, : self.channels].to(self.axes))
-            progress(1, 1)
-
-        return Collect("moments", update, close, peak_bytes=4 * 8 * width * width)
 
     def _training(self, images: int) -> Optimise:
         config = self.config
@@ -356,25 +283,14 @@ class F2R(Method):
 
     def _collection(self, images: int) -> Collect:
         """The gallery."""
-        positions = self.grid[0] * self.grid[1]
-        per_image = min(positions, max(1, self.config.max_candidates // images))
-        candidates = torch.empty(images * per_image, self.channels, device=self.shift.device)
-        filled = seen = 0
+        positions, device = self.grid[0] * self.grid[1], self.factors.device
+        sample = PatchSample(images, positions, self.channels, most=self.config.max_candidates, device=device)
 
         def update(features: list[Tensor], inside: Tensor | None) -> None:
-            nonlocal filled, seen
-            scored = None if inside is None else on_grid(inside, self.grid).flatten(1) > 0
-            for i, patches in enumerate(self.patches(features)):  # (h*w, c)
-                patches = patches if scored is None else patches[scored[i]]
-                seen += len(patches)
-                if len(patches) > per_image:
-                    patches = patches[torch.randperm(len(patches))[:per_image].to(patches.device)]
-                candidates[filled : filled + len(patches)] = patches
-                filled += len(patches)
+            sample.add(self.patches(features), None if inside is None else on_grid(inside, self.grid).flatten(1))
 
         def close(progress: Callable[[int, int], None]) -> None:
-            f = candidates[:filled]
-            self._select(f, self._gallery(f) if self.config.reselect else f, seen, progress)
+            f = sample.rows
+            self._select(f, self._gallery(f) if self.config.reselect else f, sample.seen, progress)
 
-        peak = 4 * candidates.numel() * (2 if self.config.reselect else 1)
-        return Collect("gallery", update, close, peak_bytes=peak)
+        return Collect("gallery", update, close, peak_bytes=sample.nbytes * (2 if self.config.reselect else 1))

@@ -1,4 +1,4 @@
-"""Mean and covariance of more vectors than fit into memory."""
+"""Mean and covariance of more vectors than fit into memory, and the axes that whiten them."""
 
 from __future__ import annotations
 
@@ -38,3 +38,16 @@ class Moments:
         """(C, C) float64, the sum of squares divided by the number of vectors."""
         first = self._first / self.count
         return self._second / self.count - first[:, None] * first
+
+
+def whitening_axes(covariance: Tensor, ridge: float) -> Tensor:
+    """(C, C) float64 -> (C, C): columns are principal axes, the largest variance first, over its root.
+
+    Args:
+        covariance: of vectors (N, C).
+        ridge: times the mean variance is added to each, so that directions of hardly any are not blown up.
+    """
+    variances, axes = torch.linalg.eigh(covariance)
+    variances, axes = variances.flip(0).clamp_min(0), axes.flip(1)
+    whitening: Tensor = axes * (variances + ridge * variances.mean() + 1e-12).rsqrt()
+    return whitening

@@ -23,14 +23,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from flawmap.backbones import Backbone, default_deep_levels, default_levels
 from flawmap.errors import FlawmapError
 from flawmap.methods.contract import Collect, Config, Method, Stage
-from flawmap.methods.patches import fused
+from flawmap.methods.patches import PatchSample, averaged, fused, resized
 from flawmap.methods.smoothing import Enlarge, on_grid, within
 from flawmap.neighbours import k_center_greedy, k_nearest, nearest, search_index
 
@@ -87,8 +86,7 @@ class MemoryBank(nn.Module):
         self.index: Tensor
         self.unit: Tensor
         self.seen: Tensor
-        self.candidates = torch.empty(0)
-        self.filled = 0
+        self.sample: PatchSample | None = None  # while patches are collected
 
     def patches(self, pooled: list[Tensor]) -> Tensor:
         """-> (B, h*w, C): patch features, all levels on one grid."""
@@ -101,27 +99,22 @@ class MemoryBank(nn.Module):
         distances, indices = nearest(queries.flatten(0, 1), self.index)
         return distances.view(-1, *self.grid), indices.view(queries.shape[:2]), queries
 
-    def reserve(self, images: int) -> int:
+    def reserve(self, images: int, generator: torch.Generator) -> int:
         """Makes room for the candidates of `images` images; returns the bytes."""
-        per_image = min(self.grid[0] * self.grid[1], max(1, self.config.max_candidates // images))
-        self.candidates = torch.empty(images * per_image, len(self.shift), device=self.shift.device)
-        self.filled, self.per_image = 0, per_image
-        return self.candidates.numel() * 4
+        positions, device = self.grid[0] * self.grid[1], self.shift.device
+        most = self.config.max_candidates
+        self.sample = PatchSample(images, positions, len(self.shift), most=most, device=device, generator=generator)
+        return self.sample.nbytes
 
-    def add(self, pooled: list[Tensor], inside: Tensor | None, generator: torch.Generator) -> None:
-        scored = None if inside is None else on_grid(inside, self.grid).flatten(1) > 0  # (B, h*w)
-        for i, patches in enumerate(self.patches(pooled)):  # (h*w, C)
-            if scored is not None:
-                patches = patches[scored[i]]
-            self.seen += len(patches)
-            if len(patches) > self.per_image:
-                patches = patches[torch.randperm(len(patches), generator=generator)[: self.per_image]]
-            self.candidates[self.filled : self.filled + len(patches)] = patches
-            self.filled += len(patches)
+    def add(self, pooled: list[Tensor], inside: Tensor | None) -> None:
+        assert self.sample is not None
+        self.sample.add(self.patches(pooled), None if inside is None else on_grid(inside, self.grid).flatten(1))
 
     def close(self, generator: torch.Generator, progress: Callable[[int, int], None]) -> None:
         """Standardises the candidates and keeps a coreset of them (Algorithm 1)."""
-        candidates = self.candidates[: self.filled]
+        assert self.sample is not None
+        candidates = self.sample.rows
+        self.seen += self.sample.seen
         if len(candidates) == 0:
             raise FlawmapError("the region of interest leaves no patch to learn from: draw a larger region")
         wanted = round(self.share * int(self.seen))
@@ -137,7 +130,7 @@ class MemoryBank(nn.Module):
             candidates = torch.cat([self.index[:, :-1], candidates])
         picks = k_center_greedy(candidates.cpu().numpy(), size, progress=progress)
         self.index = search_index(candidates[torch.from_numpy(picks).to(candidates.device)])
-        self.candidates = torch.empty(0)
+        self.sample = None
         if known:
             return
         sample = candidates[torch.randperm(len(candidates), generator=generator)[:_UNIT_SAMPLE]]
@@ -194,31 +187,24 @@ class PatchCore(Method):
         banks = [bank for bank in (self.bank, self.deep_bank) if bank is not None]
 
         def update(features: list[Tensor], inside: Tensor | None) -> None:
-            pooled = self._pooled(features)
+            pooled = averaged(features, self.config.pool)  # Eq. 2
             for bank in banks:
-                bank.add(pooled, inside, generator)
+                bank.add(pooled, inside)
 
         def close(progress: Callable[[int, int], None]) -> None:
             for bank in banks:
                 bank.close(generator, progress)
 
-        return Collect("memory bank", update, close, peak_bytes=sum(bank.reserve(images) for bank in banks))
-
-    def _pooled(self, features: list[Tensor]) -> list[Tensor]:
-        """Each patch averaged with its neighbourhood (Eq. 2)."""
-        side = self.config.pool
-        if side == 1:
-            return features
-        return [F.avg_pool2d(level, side, 1, side // 2, count_include_pad=False) for level in features]
+        return Collect("memory bank", update, close, peak_bytes=sum(bank.reserve(images, generator) for bank in banks))
 
     def score(self, features: list[Tensor], inside: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        pooled = self._pooled(features)
+        pooled = averaged(features, self.config.pool)  # Eq. 2
         distances, indices, queries = self.bank.distances(pooled)  # of each patch to the bank (Eq. 6)
         scored = None if inside is None else on_grid(inside, self.bank.grid)
         if self.deep_bank is not None:
             shallow = distances[:, None] / self.bank.unit  # (B, 1, h, w)
             deep = self.deep_bank.distances(pooled)[0][:, None] / self.deep_bank.unit
-            deep = F.interpolate(deep, size=self.bank.grid, mode="bilinear", align_corners=False)
+            deep = resized(deep, self.bank.grid)
             mixed = self._mixed(shallow, deep, self.config.image_share)
             return self._mixed(shallow, deep, self.config.map_share), within(mixed, scored).amax((1, 2, 3))
         scores, farthest = within(distances[:, None], scored).flatten(1).max(1)  # s* and its patch (Eq. 6)

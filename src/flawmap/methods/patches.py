@@ -11,11 +11,70 @@ from torch import Tensor
 
 def fused(maps: Sequence[Tensor], grid: tuple[int, int]) -> Tensor:
     """Maps (B, C_i, h_i, w_i) -> patches (B, h*w, sum of C_i), each level bilinearly on the grid (h, w)."""
-    resized = [
-        level if level.shape[-2:] == grid else F.interpolate(level, size=grid, mode="bilinear", align_corners=False)
-        for level in maps
-    ]
-    return torch.cat(resized, 1).flatten(2).transpose(1, 2)
+    return torch.cat([resized(level, grid) for level in maps], 1).flatten(2).transpose(1, 2)
+
+
+def resized(maps: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Maps (B, C, h, w), bilinearly on another grid."""
+    return maps if maps.shape[-2:] == grid else F.interpolate(maps, size=grid, mode="bilinear", align_corners=False)
+
+
+def averaged(maps: Sequence[Tensor], side: int) -> list[Tensor]:
+    """Each vector of maps (B, C, h, w) averaged with those of the square around it, of an odd side, that exist."""
+    if side == 1:
+        return list(maps)
+    return [F.avg_pool2d(level, side, 1, side // 2, count_include_pad=False) for level in maps]
+
+
+class PatchSample:
+    """Patches of so many images, drawn from each alike, on the device of the method.
+
+    Attributes:
+        seen: how many there were to draw from.
+
+    Args:
+        images: how many will be added.
+        positions: patches of an image.
+        channels: C.
+        most: patches in all, but one of each image at least.
+        device: where they are kept.
+        generator: draws them; torch's own if None.
+    """
+
+    def __init__(
+        self,
+        images: int,
+        positions: int,
+        channels: int,
+        *,
+        most: int,
+        device: torch.device,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        self.seen = 0
+        self._each = min(positions, max(1, most // images))
+        self._rows = torch.empty(images * self._each, channels, device=device)
+        self._filled = 0
+        self._generator = generator
+
+    @property
+    def nbytes(self) -> int:
+        return self._rows.nbytes
+
+    @property
+    def rows(self) -> Tensor:
+        """(N, C), what was drawn; changes to it stay."""
+        return self._rows[: self._filled]
+
+    def add(self, patches: Tensor, scored: Tensor | None) -> None:
+        """Draws from the patches (B, T, C) of each image, those where `scored` (B, T) is 0 left out."""
+        for i, own in enumerate(patches):
+            kept = own if scored is None else own[scored[i] > 0]
+            self.seen += len(kept)
+            if len(kept) > self._each:
+                kept = kept[torch.randperm(len(kept), generator=self._generator)[: self._each].to(kept.device)]
+            self._rows[self._filled : self._filled + len(kept)] = kept
+            self._filled += len(kept)
 
 
 def sampled(scored: Tensor, count: int) -> Tensor:

@@ -19,7 +19,8 @@ from flawmap.backbones import default_deep_levels, levels_at
 from flawmap.flows import position_code
 from flawmap.flows.conditional import conditional_flow, standard_normal
 from flawmap.methods.contract import Collect, Config, Optimise, epochs_within
-from flawmap.methods.moments import Moments
+from flawmap.methods.moments import Moments, whitening_axes
+from flawmap.methods.patches import averaged, resized
 from flawmap.methods.smoothing import on_grid, within
 
 _CODE = 128  # channels of the position code
@@ -113,14 +114,8 @@ class PositionFlows(nn.Module):
 
     def pooled(self, features: list[Tensor]) -> list[Tensor]:
         """Maps (B, C, h, w) averaged over the neighbourhood, on the grids that the flows know; no further ones."""
-        side, maps = self.config.pool, []
-        for level, grid in zip(features, self.grids, strict=False):
-            if side > 1:
-                level = F.avg_pool2d(level, side, 1, side // 2, count_include_pad=False)
-            if level.shape[-2:] != grid:
-                level = F.interpolate(level, size=grid, mode="bilinear", align_corners=False)
-            maps.append(level)
-        return maps
+        read = averaged(features[: len(self.grids)], self.config.pool)
+        return [resized(level, grid) for level, grid in zip(read, self.grids, strict=True)]
 
     def inputs(self, features: list[Tensor]) -> list[Tensor]:
         """What the flows read, maps of the same shapes."""
@@ -238,11 +233,8 @@ class Whitening(nn.Module):
 
     def fit(self, mean: Tensor, covariance: Tensor) -> None:
         """Takes the moments (C,) and (C, C) in float64; channels become principal components, the smallest first."""
-        variances, axes = torch.linalg.eigh(covariance)
-        variances = variances.clamp_min(0)
-        scale = (variances + _RIDGE * variances.mean() + 1e-12).rsqrt()
         self.mean.copy_(mean)
-        self.matrix.copy_((axes * scale).T)
+        self.matrix.copy_(whitening_axes(covariance, _RIDGE).flip(1).T)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(x - self.mean[:, None, None], self.matrix[:, :, None, None])
@@ -273,6 +265,4 @@ def on_common_grid(values: Tensor, grid: tuple[int, int], inside: Tensor | None)
     """(B, 1, h, w) of a level -> the grid of another; what is not scored does not spread."""
     if inside is not None:
         values = within(values, on_grid(inside, values.shape[-2:]))
-    if values.shape[-2:] == grid:
-        return values
-    return F.interpolate(values, size=grid, mode="bilinear", align_corners=False)
+    return resized(values, grid)
