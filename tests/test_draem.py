@@ -11,6 +11,7 @@ from flawmap.backbones import create_backbone
 from flawmap.backbones.engines import to_onnx
 from flawmap.methods.draem import DRAEM, Autoencoder, DRAEMConfig, discriminative, rotated
 from flawmap.methods.reconstruction import focal, ssim
+from synthetic_batches import batch
 
 LEVELS = ("blocks.4",)
 
@@ -20,14 +21,6 @@ def method():
     torch.manual_seed(0)
     trunk = create_backbone(levels=LEVELS, weights="random", size=(64, 64))
     return DRAEM(DRAEMConfig(levels=LEVELS, width=4), trunk, (64, 64))
-
-
-def batch(count=2, side=64):
-    random = torch.Generator().manual_seed(1)
-    good = torch.randn(count, 3, side, side, generator=random)
-    masks = torch.zeros(count, 1, side, side)
-    masks[:, :, 10:30, 20:50] = 1
-    return [good, torch.where(masks > 0, torch.randn(good.shape, generator=random), good), masks]
 
 
 def parameters(network):

@@ -10,6 +10,7 @@ from flawmap.backbones import create_backbone
 from flawmap.backbones.engines import to_onnx
 from flawmap.methods.pouta import POUTA, Guidance, Head, Network, POUTAConfig, vanilla
 from flawmap.methods.reconstruction import focal, redraw, ssim
+from synthetic_batches import batch
 
 LEVELS = ("blocks.4",)
 VARIANTS = ("vanilla", "base", "hsg", "mss", "full")
@@ -33,14 +34,6 @@ def build(trunk):
         return method, stages
 
     return make
-
-
-def batch(count=2):
-    random = torch.Generator().manual_seed(1)
-    good = torch.randn(count, 3, 64, 64, generator=random)
-    masks = torch.zeros(count, 1, 64, 64)
-    masks[:, :, 10:30, 20:50] = 1
-    return [good, torch.where(masks > 0, torch.randn(good.shape, generator=random), good), masks]
 
 
 def parameters(network):

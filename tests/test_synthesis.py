@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -475,6 +476,20 @@ def test_nothing_to_see_gives_the_image_back() -> None:
         assert np.array_equal(made.image, image)
     one = synthesize(np.array([[7]], np.uint8), rng(), settings=SynthesisSettings(kinds={"cutpaste": 1}))
     assert one.image.shape == (1, 1)
+
+
+def test_what_is_merged_is_a_foreign_texture_by_a_fifth_at_least() -> None:
+    black = np.zeros((64, 64, 3), np.uint8)
+
+    def white(_: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
+        return np.full((*size, 3), 255, np.uint8)
+
+    settings = replace(POUTA, augmented=False)
+    made = [synthesize(black, generator(0, n), textures=white, settings=settings) for n in range(60)]
+    shares = [np.unique(defect.image[defect.mask]) / 255 for defect in made if defect.mask.any()]
+    assert all(len(share) == 1 for share in shares)  # laid in as it is, not blended once more
+    assert 0.2 - 1 / 255 <= min(shares) < 0.3
+    assert 0.9 < max(shares) <= 1
 
 
 @pytest.mark.parametrize("preset", [CLS_CNF, DRAEM, POUTA])

@@ -20,6 +20,7 @@ from flawmap.synthesis.sources import Textures, another_image, fitted
 from flawmap.synthesis.textures import draw_texture
 
 _ATTEMPTS = 10
+_OWN_SHARE = (0.0, 0.8)  # of the image itself in what "merged" lays in
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,7 @@ def _merged(rng: np.random.Generator, canvas: _Canvas) -> _Made:
     elif transform == 2:
         source = source[::-1, ::-1]
     texture = _augmented(rng, canvas.textures(rng, mask.shape), canvas)
-    share = np.float32(rng.random())
+    share = np.float32(rng.uniform(*_OWN_SHARE))
     return (source * share + texture * (1 - share)).round().astype(np.uint8), mask
 
 
@@ -227,8 +228,8 @@ CLS_CNF = SynthesisSettings(kinds={"texture": 0.5, "image": 0.5}, seamless=0.0, 
 """Oh & Kim (IEEE Access 2024), as their program does it."""
 DRAEM = SynthesisSettings(kinds={"texture": 1.0}, seamless=0.0, isolated=0.0, least_change=0.0)
 """Zavrtanik, Kristan & Skočaj (ICCV 2021)."""
-POUTA = SynthesisSettings(kinds={"merged": 1.0}, seamless=0.0, isolated=0.0, least_change=0.0)
-"""Wang et al. (arXiv 2312.12913); what it leaves open is taken from DRAEM."""
+POUTA = SynthesisSettings(kinds={"merged": 1.0}, seamless=0.0, opacity=(1.0, 1.0), isolated=0.0, least_change=0.0)
+"""Wang et al. (arXiv 2312.12913); what it leaves open is taken from DRAEM, whose β is the share of the image itself."""
 
 
 def _perlin(rng: np.random.Generator, canvas: _Canvas) -> NDArray[np.bool_]:
