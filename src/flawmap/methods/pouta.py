@@ -16,9 +16,10 @@ The paper gives neither widths nor layers, only 15.02 M parameters, 35.37 GFLOPs
 39.38 G. The layout here is the simplest that meets the first two, within 0.1 %, Vanilla's within 1 %: a fit, no proof.
 `recon_style=bilinear` with `head_width=0` is another, within 0.5 %. Also unstated, and read as: gates are sigmoids
 (`hsg_gate=none`: three maps are multiplied as they are); comparisons are batch-normalised, with ReLU (`fcm_act`); maps
-are enlarged bilinearly; half of the samples have no defect (`clean`); defects lie anywhere (`foreground`); the L1
-losses compare the probability of a defect with the mask; images are read in 0..1. The square of the image score is
-scaled with the input, from the 224 pixels of the paper.
+are enlarged bilinearly; half of the samples have no defect (`clean`); defects lie anywhere (`foreground`), and are the
+image itself and a foreign texture, mixed as DRAEM's are and blended no further; the L1 losses compare the probability
+of a defect with the mask; images are read in 0..1. The square of the image score is scaled with the input, from the 224
+pixels of the paper.
 """
 
 from __future__ import annotations
