@@ -21,6 +21,7 @@ check: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/coreset.py
 	$(BIN)/python benchmarks/metrics.py
+	$(BIN)/python benchmarks/synthesis.py
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/latency.py
 
