@@ -16,10 +16,10 @@ from pathlib import Path
 from statistics import median
 
 from flawmap.backbones import create_backbone, create_engine  # before NumPy and PyTorch, for how they wait
-from flawmap.images import Preprocessing
+from flawmap.imaging.images import Preprocessing
+from flawmap.imaging.preparation import Preparation
+from flawmap.imaging.reading import read_batches
 from flawmap.neighbours import k_center_greedy
-from flawmap.preparation import Preparation
-from flawmap.reading import read_batches
 
 # isort: split
 import numpy as np

@@ -18,9 +18,9 @@ from pathlib import Path
 from flawmap import find_dataset
 from flawmap.backbones import create_backbone, create_engine
 from flawmap.datasets.drawn import draw_dataset
-from flawmap.images import Preprocessing, infer_white
+from flawmap.imaging.images import Preprocessing, infer_white
+from flawmap.imaging.preparation import Preparation
 from flawmap.methods import METHODS, Optimise, Stage, configure, method_class
-from flawmap.preparation import Preparation
 from flawmap.training import train
 from flawmap.training_data import TrainingData
 from flawmap.views import Views

@@ -10,11 +10,11 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image, ImageFilter
 
 from flawmap.backbones import create_backbone
-from flawmap.captures import STATISTICS, CaptureLimits, capture_statistics
 from flawmap.datasets import find_dataset
 from flawmap.datasets.drawn import draw_dataset
 from flawmap.errors import FlawmapError
-from flawmap.images import Preprocessing, read_image
+from flawmap.imaging.captures import STATISTICS, CaptureLimits, capture_statistics
+from flawmap.imaging.images import Preprocessing, read_image
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 KINDS = ("screws", "fabric", "boards")

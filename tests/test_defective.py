@@ -8,9 +8,9 @@ from flawmap import FlawmapError
 from flawmap.backbones import create_backbone, create_engine
 from flawmap.datasets import find_dataset
 from flawmap.defective import DefectiveBatches
-from flawmap.images import Preprocessing
+from flawmap.imaging.images import Preprocessing
+from flawmap.imaging.preparation import Preparation
 from flawmap.methods import SyntheticDefects
-from flawmap.preparation import Preparation
 from flawmap.synthesis import CLS_CNF, SynthesisSettings
 from flawmap.training_data import TrainingData
 

@@ -10,10 +10,10 @@ from flawmap import Detector, ImageError
 from flawmap.backbones import create_backbone
 from flawmap.backbones.engines import available_engines
 from flawmap.datasets.drawn import draw_part
-from flawmap.geometry import Geometry
+from flawmap.imaging.geometry import Geometry
+from flawmap.imaging.preparation import read_region
 from flawmap.methods import method_class
 from flawmap.methods.smoothing import on_grid
-from flawmap.preparation import read_region
 
 HEIGHT, WIDTH = 96, 160
 SQUARE = (slice(40, 58), slice(66, 88))  # of the glaring pixels, on the part

@@ -9,8 +9,9 @@ from PIL import Image
 
 from flawmap.datasets import find_dataset
 from flawmap.datasets.drawn import draw_dataset
-from flawmap.datasets.duplicates import SIDE, duplicate_groups, duplicate_pairs, fingerprint
-from flawmap.images import read_image
+from flawmap.datasets.duplicates import duplicate_groups, duplicate_pairs
+from flawmap.imaging.fingerprints import SIDE, fingerprint
+from flawmap.imaging.images import read_image
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 KINDS = ("screws", "fabric", "boards")

@@ -1,4 +1,4 @@
-"""flawmap.geometry against Pillow, torchvision, torch, flawmap.images and functions whose values are known."""
+"""Windows and maps against Pillow, torchvision, torch, imaging.images and functions whose values are known."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from flawmap import images
 from flawmap.errors import FlawmapError, ImageError
-from flawmap.geometry import MOST_TILES, Geometry, Placement, Window, resize_window
+from flawmap.imaging import images
+from flawmap.imaging.geometry import MOST_TILES, Geometry, Placement, Window, resize_window
 
 RNG = np.random.default_rng(3)
 SIZES = [(1, 1), (37, 80), (80, 37), (64, 64), (300, 211), (50, 512)]
@@ -497,7 +497,6 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 def test_numpy_and_pillow_suffice() -> None:
-    code = (
-        "import sys; import flawmap.geometry, flawmap.registration; print({'torch', 'scipy', 'cv2'} & set(sys.modules))"
-    )
+    modules = "flawmap.imaging.geometry, flawmap.imaging.registration"
+    code = f"import sys; import {modules}; print({{'torch', 'scipy', 'cv2'}} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

@@ -1,4 +1,4 @@
-"""flawmap.images against arrays whose values are known, torchvision, torch and hashlib."""
+"""flawmap.imaging.images against arrays whose values are known, torchvision, torch and hashlib."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from PIL import Image
 from scipy import ndimage
 from torchvision.io import ImageReadMode, decode_image
 
-from flawmap import images
 from flawmap.errors import FlawmapError, ImageError
-from flawmap.images import (
+from flawmap.imaging import images
+from flawmap.imaging.images import (
     Preprocessing,
     as_pixels,
     digest,

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from flawmap import Detector, FlawmapError, find_dataset
-from flawmap.images import digest
+from flawmap.imaging.images import digest
 from flawmap.oracle import OracleGrid, grid_points, oracle_grid, oracle_table
 from flawmap.tuning import tune
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flawmap.geometry import Geometry
+from flawmap.imaging.geometry import Geometry
 from flawmap.inspection import Inspection, find_regions
 from flawmap.report.overlays import HeatScale, as_rgb, coco, overlay, run_lengths, write_map
 

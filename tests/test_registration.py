@@ -1,4 +1,4 @@
-"""flawmap.registration against poses that are known, scipy's resampling, and parts drawn in any pose."""
+"""flawmap.imaging.registration against poses that are known, scipy's resampling, and parts drawn in any pose."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from flawmap.datasets.drawn import draw_part
 from flawmap.datasets.drawn.boards import Board
 from flawmap.datasets.drawn.screws import Screw
 from flawmap.errors import FlawmapError, ImageError
-from flawmap.geometry import Geometry
-from flawmap.registration import LONGEST, Alignment, Template
+from flawmap.imaging.geometry import Geometry
+from flawmap.imaging.registration import LONGEST, Alignment, Template
 
 
 def draw(kind: str, number: int, defect: str | None = None, size: int = 256) -> NDArray[np.uint8]:

@@ -13,7 +13,7 @@ from sklearn.metrics import roc_auc_score
 from flawmap.calibration import Calibration
 from flawmap.errors import FlawmapError
 from flawmap.evaluation import Scored, evaluate
-from flawmap.geometry import Geometry
+from flawmap.imaging.geometry import Geometry
 from flawmap.inspection import Inspection
 from flawmap.report.charts import ScoreRow, score_histograms
 from flawmap.report.overlays import HeatScale

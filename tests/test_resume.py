@@ -13,9 +13,9 @@ from torch import nn
 
 from flawmap import Detector, FlawmapError, training
 from flawmap.backbones import create_backbone, create_engine
-from flawmap.images import Preprocessing
+from flawmap.imaging.images import Preprocessing
+from flawmap.imaging.preparation import Preparation
 from flawmap.methods import Collect, Method, Optimise
-from flawmap.preparation import Preparation
 from flawmap.training import train
 from flawmap.training_data import TrainingData
 

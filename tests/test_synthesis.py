@@ -20,7 +20,7 @@ from scipy.sparse.linalg import spsolve
 from flawmap.datasets import find_dataset
 from flawmap.datasets.drawn import draw_part
 from flawmap.errors import FlawmapError, ImageError
-from flawmap.images import read_image, read_mask
+from flawmap.imaging.images import read_image, read_mask
 from flawmap.synthesis import (
     CLS_CNF,
     DRAEM,

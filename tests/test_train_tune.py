@@ -10,10 +10,10 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from flawmap import Detector, FlawmapError, find_dataset, refitting, synthetic_criterion
-from flawmap.geometry import Geometry
-from flawmap.images import Preprocessing, digest
+from flawmap.imaging.geometry import Geometry
+from flawmap.imaging.images import Preprocessing, digest
+from flawmap.imaging.preparation import Preparation
 from flawmap.oracle import OracleGrid
-from flawmap.preparation import Preparation
 from flawmap.refitting import tune_fit
 from flawmap.sweep import Batch
 from flawmap.synthesis import DEFAULTS, synthesize

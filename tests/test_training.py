@@ -12,10 +12,10 @@ from flawmap import FlawmapError, ImageError
 from flawmap.backbones import create_backbone, create_engine
 from flawmap.feature_cache import FeatureCache
 from flawmap.good_scores import folds
-from flawmap.images import Preprocessing
+from flawmap.imaging.images import Preprocessing
+from flawmap.imaging.preparation import Preparation
+from flawmap.imaging.reading import read_batches
 from flawmap.methods import Method, Optimise
-from flawmap.preparation import Preparation
-from flawmap.reading import read_batches
 from flawmap.training import train
 from flawmap.training_data import TrainingData
 

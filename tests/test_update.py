@@ -7,7 +7,7 @@ from scipy.stats import spearmanr
 
 from flawmap import Detector, FlawmapError
 from flawmap.datasets.drawn import draw_dataset
-from flawmap.geometry import Geometry
+from flawmap.imaging.geometry import Geometry
 
 SHALLOW = {"levels": ("blocks.1",), "min_vectors": 100}
 

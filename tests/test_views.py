@@ -9,10 +9,10 @@ from torch import nn
 
 from flawmap.backbones import create_backbone, create_engine
 from flawmap.feature_cache import FeatureCache
-from flawmap.geometry import Geometry
-from flawmap.images import Preprocessing
+from flawmap.imaging.geometry import Geometry
+from flawmap.imaging.images import Preprocessing
+from flawmap.imaging.preparation import Preparation
 from flawmap.methods import Method, Optimise
-from flawmap.preparation import Preparation
 from flawmap.training import train
 from flawmap.training_data import TrainingData
 from flawmap.views import Views, _rotated

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from flawmap.detector import Detector
     from flawmap.errors import FlawmapError, ImageError
     from flawmap.evaluation import EvaluationReport
-    from flawmap.images import find_images, read_image
+    from flawmap.imaging.images import find_images, read_image
     from flawmap.inspection import Inspection, Region
 
 # PyTorch's and NumPy's waiting threads would otherwise spin on the cores that the next library is about to use. A short
@@ -32,8 +32,8 @@ _PLACES = {
     "Region": "inspection",
     "Threshold": "calibration",
     "find_dataset": "datasets",
-    "find_images": "images",
-    "read_image": "images",
+    "find_images": "imaging.images",
+    "read_image": "imaging.images",
 }
 
 __all__ = [

@@ -21,20 +21,20 @@ from torch import Tensor, nn
 
 from flawmap.backbones import DEFAULT_BACKBONE, Engine, check_engine, create_backbone, create_engine
 from flawmap.calibration import Calibration, Threshold
-from flawmap.captures import CaptureLimits, capture_statistics
 from flawmap.datasets import Dataset, Sample, find_dataset
 from flawmap.errors import FlawmapError, ImageError
 from flawmap.evaluation import EvaluationReport, Scored, evaluate
 from flawmap.fitting import SHORT, Atypical, Recipe, extraction_engine, fit, limits, report_unreadable
-from flawmap.geometry import Geometry
 from flawmap.good_scores import Split, good_scores
-from flawmap.images import as_pixels, find_images, read_mask
+from flawmap.imaging.captures import CaptureLimits, capture_statistics
+from flawmap.imaging.geometry import Geometry
+from flawmap.imaging.images import as_pixels, find_images, read_mask
+from flawmap.imaging.preparation import Preparation, read_region, read_template
+from flawmap.imaging.reading import BATCH, Batch, Picture, read_batches
 from flawmap.inspection import Inspection
 from flawmap.latents import Latents
 from flawmap.methods import Method, configure, method_class
 from flawmap.model_file import read_model, write_model
-from flawmap.preparation import Preparation, read_region, read_template
-from flawmap.reading import BATCH, Batch, Picture, read_batches
 from flawmap.report.overlays import HeatScale
 from flawmap.training import train
 from flawmap.training_data import Announce, Progress, TrainingData, quiet, silent

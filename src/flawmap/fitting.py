@@ -17,15 +17,15 @@ from torch import nn
 from flawmap.backbones import Backbone, Engine, create_backbone, create_engine
 from flawmap.backbones.engines import cpu_threads
 from flawmap.calibration import Calibration
-from flawmap.captures import CaptureLimits
 from flawmap.errors import FlawmapError, ImageError
-from flawmap.geometry import Geometry
 from flawmap.good_scores import GoodScores, Split, calibration_images, good_scores, split_images
-from flawmap.images import Preprocessing, infer_white
+from flawmap.imaging.captures import CaptureLimits
+from flawmap.imaging.geometry import Geometry
+from flawmap.imaging.images import Preprocessing, infer_white
+from flawmap.imaging.preparation import LOWEST_QUALITY, Preparation
+from flawmap.imaging.registration import Template
 from flawmap.latents import Latents
 from flawmap.methods import Method
-from flawmap.preparation import LOWEST_QUALITY, Preparation
-from flawmap.registration import Template
 from flawmap.training import train
 from flawmap.training_data import Announce, Progress, TrainingData, silent
 from flawmap.views import Views

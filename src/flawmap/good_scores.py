@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from flawmap.errors import FlawmapError
-from flawmap.images import find_images
+from flawmap.imaging.images import find_images
 from flawmap.methods import Method
 from flawmap.training_data import COLLECTED, Progress, TrainingData, batches, on_device
 

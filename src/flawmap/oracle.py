@@ -12,7 +12,7 @@ from typing import NamedTuple
 from flawmap.datasets import Dataset
 from flawmap.detector import Detector, labelled_samples
 from flawmap.fitting import SHORT
-from flawmap.images import digest, read_image
+from flawmap.imaging.images import digest, read_image
 from flawmap.metrics import partial_spearman, spearman
 from flawmap.sweep import FIGURES, Labelled, Sweep, labelled
 from flawmap.training_data import Progress, quiet

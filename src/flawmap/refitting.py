@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 
 from flawmap.backbones import create_backbone, levels_at
 from flawmap.datasets import Dataset, Sample
-from flawmap.datasets.duplicates import duplicate_groups, duplicate_pairs, fingerprint
+from flawmap.datasets.duplicates import duplicate_groups, duplicate_pairs
 from flawmap.detector import Detector, source_name, training_paths
 from flawmap.errors import FlawmapError, ImageError
 from flawmap.good_scores import calibration_images
-from flawmap.images import infer_white, read_image
+from flawmap.imaging.fingerprints import fingerprint
+from flawmap.imaging.images import infer_white, read_image
 from flawmap.methods import Method, method_class
 from flawmap.oracle import OracleGrid
 from flawmap.sweep import Sweep, labelled

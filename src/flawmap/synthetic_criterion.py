@@ -16,10 +16,10 @@ from flawmap.backbones import Engine
 from flawmap.datasets import Dataset, Sample
 from flawmap.detector import labelled_samples
 from flawmap.errors import FlawmapError
+from flawmap.imaging.preparation import Preparation
+from flawmap.imaging.reading import BATCH
 from flawmap.methods import Method, configure
 from flawmap.oracle import OracleGrid
-from flawmap.preparation import Preparation
-from flawmap.reading import BATCH
 from flawmap.sweep import FIGURES, Batch, Labelled, Sweep, figures_of, labelled
 from flawmap.synthesis import DEFAULTS, GoodImages, find_foreground, generator, looked_at, synthesize
 from flawmap.training_data import Progress, on_device, quiet

@@ -17,10 +17,10 @@ from flawmap.backbones import Engine, weights_digest
 from flawmap.datasets.duplicates import duplicate_groups, duplicate_pairs
 from flawmap.errors import FlawmapError, ImageError
 from flawmap.feature_cache import FeatureCache
-from flawmap.images import digest, read_image
+from flawmap.imaging.images import digest, read_image
+from flawmap.imaging.preparation import Preparation
+from flawmap.imaging.reading import BATCH, Picture, read_batches
 from flawmap.methods import Method
-from flawmap.preparation import Preparation
-from flawmap.reading import BATCH, Picture, read_batches
 from flawmap.views import Views
 
 COLLECTED = 32

@@ -11,7 +11,7 @@ from flawmap.datasets import Dataset
 from flawmap.detector import Detector, source_name, training_paths
 from flawmap.errors import FlawmapError
 from flawmap.fitting import SHORT
-from flawmap.images import digest
+from flawmap.imaging.images import digest
 from flawmap.oracle import OracleGrid
 from flawmap.sweep import Sweep, labelled
 from flawmap.synthetic_criterion import (

@@ -176,7 +176,7 @@ def train_command(
             detector = Detector.load(update, engine=options["engine"], device=options["device"])
             detector.update(dataset, **told)
         else:
-            from flawmap.geometry import Geometry
+            from flawmap.imaging.geometry import Geometry
 
             geometry = Geometry.from_options(keep_aspect, crop, tile)
             workspace = output.with_name(output.name + ".training")
@@ -279,7 +279,7 @@ def write_report(path: Path, detector: Detector, dataset: Dataset) -> None:
     """The page that training ends with."""
     from flawmap.datasets.duplicates import in_train_and_test
     from flawmap.errors import ImageError
-    from flawmap.images import read_image
+    from flawmap.imaging.images import read_image
     from flawmap.report.page import AtypicalPicture, Learnt, LeftOut, take_picture, write_training_page
 
     scale = detector.heat_scale()

@@ -5,7 +5,7 @@ is what is left after the best alignment: next to nothing between two savings of
 light between two parts. So all pairs are screened by their tangent distance (Simard, LeCun & Denker, "Efficient
 pattern recognition using a new transformation distance", NIPS 1992), the nearest are aligned by Gauss-Newton steps
 (Lucas & Kanade, IJCAI 1981), and the share of the contrast that still differs is held against a limit, and against
-what is usual in the set. Needs numpy and Pillow only.
+what is usual in the set. Needs numpy only.
 """
 
 from __future__ import annotations
@@ -13,18 +13,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from PIL import Image
 
 from flawmap.datasets.samples import Dataset, Sample
 from flawmap.errors import ImageError
-from flawmap.images import as_pixels, read_image
-
-SIDE = 32
-"""A fingerprint is a grey picture of SIDE x SIDE pixels."""
+from flawmap.imaging.fingerprints import SIDE, fingerprint
+from flawmap.imaging.images import read_image
 
 DIFFERENCE = 0.12
 """Share of the contrast (root mean square) that may differ between near-duplicates."""
@@ -35,32 +31,6 @@ _BORDER = 2  # pixels that a crop may cut off each side
 _STEPS = 6
 _BLOCK = 128  # pictures screened, and pairs aligned, at once
 _FAINT = 2 / 255  # contrast below which differences are not scaled up, as there is little but noise
-
-
-def fingerprint(pixels: ArrayLike, white: int = 65535) -> NDArray[np.float32]:
-    """An image as a small, smooth grey picture without regard to its aspect ratio.
-
-    Args:
-        pixels: an image as `flawmap.images.as_pixels` takes it.
-        white: the value that counts as white in 16-bit images.
-
-    Returns:
-        float32 (SIDE * SIDE,), row by row, 0 black to 1 white.
-
-    Raises:
-        ImageError: as `as_pixels`.
-    """
-    array = as_pixels(pixels)
-    top = 255 if array.dtype == np.uint8 else white if array.dtype == np.uint16 else 1
-    planes = [array] if array.ndim == 2 else [array[:, :, channel] for channel in range(3)]
-    grey = np.mean([_shrink(plane) for plane in planes], axis=0) / top
-    # Smooth enough that shifting it by a part of a pixel, by linear interpolation, leaves it as it was.
-    for _ in range(2):
-        for axis in (0, 1):
-            around = np.pad(grey, [(1, 1) if side == axis else (0, 0) for side in (0, 1)], mode="edge")
-            before, after = (around[:-2], around[2:]) if axis == 0 else (around[:, :-2], around[:, 2:])
-            grey = grey / 2 + (before + after) / 4
-    return np.asarray(grey, dtype=np.float32).ravel()
 
 
 def duplicate_pairs(fingerprints: ArrayLike) -> list[tuple[int, int]]:
@@ -139,11 +109,6 @@ def in_train_and_test(dataset: Dataset) -> list[tuple[Path, Path]]:
         train = [kept[i][0].path for i in group if kept[i][0].split == "train"]
         found += [(train[0], kept[i][0].path) for i in group if train and kept[i][0].split == "test"]
     return found
-
-
-def _shrink(plane: NDArray[Any]) -> NDArray[np.float32]:
-    image = Image.fromarray(plane if plane.dtype == np.uint8 else plane.astype(np.float32))
-    return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BILINEAR), dtype=np.float32)
 
 
 def _screen(pictures: NDArray[np.float32]) -> NDArray[np.intp]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from flawmap.datasets.samples import Dataset, Sample
 from flawmap.errors import FlawmapError, ImageError
-from flawmap.images import digest, read_image
+from flawmap.imaging.images import digest, read_image
 
 
 def draw_shots(dataset: Dataset, shots: int, seed: int) -> Dataset:

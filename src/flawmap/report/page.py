@@ -18,8 +18,8 @@ from flawmap.calibration import Calibration, Threshold
 from flawmap.errors import ImageError
 from flawmap.evaluation import IMAGE_FIGURES, PIXEL_FIGURES, EvaluationReport, Judged
 from flawmap.files import replacing
-from flawmap.geometry import Geometry
-from flawmap.images import read_image
+from flawmap.imaging.geometry import Geometry
+from flawmap.imaging.images import read_image
 from flawmap.inspection import Inspection
 from flawmap.report.charts import Line, ScoreRow, curve_chart, score_histograms
 from flawmap.report.overlays import CONTOUR, HeatScale, as_rgb, overlay

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from flawmap.errors import FlawmapError
-from flawmap.images import find_images, read_image
+from flawmap.imaging.images import find_images, read_image
 
 KEPT = 16
 """Images that a process keeps."""

@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from flawmap.errors import FlawmapError, ImageError
-from flawmap.images import as_pixels
+from flawmap.imaging.images import as_pixels
 
 LONGEST = 256
 """Pixels; the longest side of the reduced template."""

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flawmap.errors import FlawmapError, ImageError
-from flawmap.geometry import Geometry, Placement
-from flawmap.images import Preprocessing, as_pixels, read_image, read_mask
-from flawmap.registration import Template
+from flawmap.imaging.geometry import Geometry, Placement
+from flawmap.imaging.images import Preprocessing, as_pixels, read_image, read_mask
+from flawmap.imaging.registration import Template
 
 LOWEST_QUALITY = 0.3
 """No alignment of a lower quality is believed: the image shows something else than the template."""

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from flawmap.errors import FlawmapError, ImageError
-from flawmap.images import resize_mask
+from flawmap.imaging.images import resize_mask
 
 Kind = Literal["stretch", "keep_aspect", "crop", "tile"]
 
@@ -40,7 +40,7 @@ class Window(NamedTuple):
 
 
 class Rigid(Protocol):
-    """What a `Placement` asks of a registration; `flawmap.registration.Alignment` gives it."""
+    """What a `Placement` asks of a registration; `flawmap.imaging.registration.Alignment` gives it."""
 
     @property
     def template_size(self) -> tuple[int, int]:

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from flawmap.captures import capture_statistics
-from flawmap.datasets.duplicates import fingerprint
 from flawmap.errors import ImageError
-from flawmap.geometry import Placement
-from flawmap.images import read_image
-from flawmap.preparation import Preparation
+from flawmap.imaging.captures import capture_statistics
+from flawmap.imaging.fingerprints import fingerprint
+from flawmap.imaging.geometry import Placement
+from flawmap.imaging.images import read_image
+from flawmap.imaging.preparation import Preparation
 
 BATCH = 8
 
@@ -27,8 +27,8 @@ class Picture:
     Attributes:
         path: the file; None for an array.
         placement: its windows; None where it could not be read.
-        statistics: of the capture, see `flawmap.captures`.
-        fingerprint: of the whole image, see `flawmap.datasets.duplicates`; where asked for.
+        statistics: of the capture, see `flawmap.imaging.captures`.
+        fingerprint: of the whole image, see `flawmap.imaging.fingerprints`; where asked for.
         error: why it could not be read.
     """
 
