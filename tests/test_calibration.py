@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from flawmap.calibration import Calibration, binomial_cdf, binomial_interval, threshold_for, upper_bound
+from flawmap.judging.calibration import Calibration, binomial_cdf, binomial_interval, threshold_for, upper_bound
 
 scores_of_good = st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=200).map(
     lambda values: np.array(values, dtype=np.float32)

@@ -6,7 +6,7 @@ import pytest
 from scipy.stats import binomtest
 from sklearn.metrics import auc, average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
 
-from flawmap.evaluation import CURVES, FIGURES, Scored, evaluate
+from flawmap.judging.evaluation import CURVES, FIGURES, Scored, evaluate
 
 KEYS = (
     "image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro", "escape_rate",

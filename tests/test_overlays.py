@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from flawmap.imaging.geometry import Geometry
-from flawmap.inspection import Inspection, find_regions
+from flawmap.judging.inspection import Inspection, find_regions
 from flawmap.report.overlays import HeatScale, as_rgb, coco, overlay, run_lengths, write_map
 
 

@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from flawmap.calibration import Calibration
 from flawmap.errors import FlawmapError
-from flawmap.evaluation import Scored, evaluate
 from flawmap.imaging.geometry import Geometry
-from flawmap.inspection import Inspection
+from flawmap.judging.calibration import Calibration
+from flawmap.judging.evaluation import Scored, evaluate
+from flawmap.judging.inspection import Inspection
 from flawmap.report.charts import ScoreRow, score_histograms
 from flawmap.report.overlays import HeatScale
 from flawmap.report.page import (

@@ -7,13 +7,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flawmap.calibration import Calibration, Threshold
     from flawmap.datasets import Dataset, find_dataset
     from flawmap.detector import Detector
     from flawmap.errors import FlawmapError, ImageError
-    from flawmap.evaluation import EvaluationReport
     from flawmap.imaging.images import find_images, read_image
-    from flawmap.inspection import Inspection, Region
+    from flawmap.judging.calibration import Calibration, Threshold
+    from flawmap.judging.evaluation import EvaluationReport
+    from flawmap.judging.inspection import Inspection, Region
 
 # PyTorch's and NumPy's waiting threads would otherwise spin on the cores that the next library is about to use. A short
 # spin, not none: waking a sleeping thread for each small operation makes PaDiM five times slower. Both are read when
@@ -22,15 +22,15 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
 
 _PLACES = {
-    "Calibration": "calibration",
+    "Calibration": "judging.calibration",
     "Dataset": "datasets",
     "Detector": "detector",
-    "EvaluationReport": "evaluation",
+    "EvaluationReport": "judging.evaluation",
     "FlawmapError": "errors",
     "ImageError": "errors",
-    "Inspection": "inspection",
-    "Region": "inspection",
-    "Threshold": "calibration",
+    "Inspection": "judging.inspection",
+    "Region": "judging.inspection",
+    "Threshold": "judging.calibration",
     "find_dataset": "datasets",
     "find_images": "imaging.images",
     "read_image": "imaging.images",

@@ -20,10 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from flawmap.backbones import DEFAULT_BACKBONE, Engine, check_engine, create_backbone, create_engine
-from flawmap.calibration import Calibration, Threshold
 from flawmap.datasets import Dataset, Sample, find_dataset
 from flawmap.errors import FlawmapError, ImageError
-from flawmap.evaluation import EvaluationReport, Scored, evaluate
 from flawmap.fitting import SHORT, Atypical, Recipe, extraction_engine, fit, limits, report_unreadable
 from flawmap.good_scores import Split, good_scores
 from flawmap.imaging.captures import CaptureLimits, capture_statistics
@@ -31,7 +29,9 @@ from flawmap.imaging.geometry import Geometry
 from flawmap.imaging.images import as_pixels, find_images, read_mask
 from flawmap.imaging.preparation import Preparation, read_region, read_template
 from flawmap.imaging.reading import BATCH, Batch, Picture, read_batches
-from flawmap.inspection import Inspection
+from flawmap.judging.calibration import Calibration, Threshold
+from flawmap.judging.evaluation import EvaluationReport, Scored, evaluate
+from flawmap.judging.inspection import Inspection
 from flawmap.latents import Latents
 from flawmap.methods import Method, configure, method_class
 from flawmap.model_file import read_model, write_model
@@ -60,7 +60,7 @@ class Detector:
         device: "auto", "cpu" or "cuda".
         seed: of everything random.
         max_false_reject: the share of good parts that may be rejected.
-        guarantee: "marginal" or "confidence", see `flawmap.calibration`.
+        guarantee: "marginal" or "confidence", see `flawmap.judging.calibration`.
         calibration: "auto", "holdout", "crossfit", or a folder of further good images.
         settings: the method's own.
 

@@ -16,7 +16,6 @@ from torch import nn
 
 from flawmap.backbones import Backbone, Engine, create_backbone, create_engine
 from flawmap.backbones.engines import cpu_threads
-from flawmap.calibration import Calibration
 from flawmap.errors import FlawmapError, ImageError
 from flawmap.good_scores import GoodScores, Split, calibration_images, good_scores, split_images
 from flawmap.imaging.captures import CaptureLimits
@@ -24,6 +23,7 @@ from flawmap.imaging.geometry import Geometry
 from flawmap.imaging.images import Preprocessing, infer_white
 from flawmap.imaging.preparation import LOWEST_QUALITY, Preparation
 from flawmap.imaging.registration import Template
+from flawmap.judging.calibration import Calibration
 from flawmap.latents import Latents
 from flawmap.methods import Method
 from flawmap.training import train

@@ -11,7 +11,7 @@ import click
 if TYPE_CHECKING:
     from flawmap.datasets import Dataset
     from flawmap.detector import Detector
-    from flawmap.evaluation import EvaluationReport
+    from flawmap.judging.evaluation import EvaluationReport
 
 _TITLES = {
     "image_auroc": "image AUROC",

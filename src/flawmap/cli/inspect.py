@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from flawmap.inspection import Inspection
+    from flawmap.judging.inspection import Inspection
     from flawmap.report.overlays import HeatScale
 
 _COLUMNS = ("path", "verdict", "score", "p_value", "threshold", "regions", "milliseconds", "error")

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from flawmap.files import replacing
-from flawmap.inspection import Inspection, Region
+from flawmap.judging.inspection import Inspection, Region
 
 # Anchors of the heat colours, from just above what good parts show to far beyond it: yellow, orange, red, dark red.
 _COLOURS = np.array([(255, 236, 120), (253, 174, 60), (227, 40, 30), (128, 0, 38)], dtype=np.float32)

@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from flawmap.calibration import Calibration, Threshold
 from flawmap.errors import ImageError
-from flawmap.evaluation import IMAGE_FIGURES, PIXEL_FIGURES, EvaluationReport, Judged
 from flawmap.files import replacing
 from flawmap.imaging.geometry import Geometry
 from flawmap.imaging.images import read_image
-from flawmap.inspection import Inspection
+from flawmap.judging.calibration import Calibration, Threshold
+from flawmap.judging.evaluation import IMAGE_FIGURES, PIXEL_FIGURES, EvaluationReport, Judged
+from flawmap.judging.inspection import Inspection
 from flawmap.report.charts import Line, ScoreRow, curve_chart, score_histograms
 from flawmap.report.overlays import CONTOUR, HeatScale, as_rgb, overlay
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flawmap.calibration import binomial_interval
+from flawmap.judging.calibration import binomial_interval
 from flawmap.metrics import (
     PixelCurves,
     auroc,

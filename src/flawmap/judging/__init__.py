@@ -1,0 +1,1 @@
+"""Verdicts from scores, and figures from verdicts. Needs numpy and scipy only."""
