@@ -20,10 +20,10 @@ from flawmap.backbones import create_backbone, create_engine
 from flawmap.datasets.drawn import draw_dataset
 from flawmap.imaging.images import Preprocessing, infer_white
 from flawmap.imaging.preparation import Preparation
+from flawmap.learning.data import TrainingData
+from flawmap.learning.loop import train
+from flawmap.learning.views import Views
 from flawmap.methods import METHODS, Optimise, Stage, configure, method_class
-from flawmap.training import train
-from flawmap.training_data import TrainingData
-from flawmap.views import Views
 
 
 def main() -> None:

@@ -13,9 +13,9 @@ from feature_maps import LEVELS, SIZE, drawn_features, small_trunk
 from flawmap import FlawmapError
 from flawmap.backbones import create_backbone
 from flawmap.flows import CBAM, Coupling
+from flawmap.learning.loop import train
 from flawmap.methods import configure
 from flawmap.methods.cainnflow import CAINNFlow
-from flawmap.training import train
 
 FEW = {"levels": LEVELS, "deep_levels": (), "sigma": 0.0}
 

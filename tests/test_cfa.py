@@ -11,7 +11,7 @@ from scipy.spatial.distance import cdist
 from feature_maps import LEVELS, SIZE, drawn_features, small_trunk
 from flawmap import Detector
 from flawmap.backbones import create_backbone
-from flawmap.feature_cache import FeatureCache
+from flawmap.learning.feature_cache import FeatureCache
 from flawmap.methods import Collect, Optimise, configure
 from flawmap.methods.cfa import CFA, coordinates
 from flawmap.methods.hypersphere_centres import moving_average

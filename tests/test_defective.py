@@ -7,12 +7,12 @@ import torch
 from flawmap import FlawmapError
 from flawmap.backbones import create_backbone, create_engine
 from flawmap.datasets import find_dataset
-from flawmap.defective import DefectiveBatches
 from flawmap.imaging.images import Preprocessing
 from flawmap.imaging.preparation import Preparation
+from flawmap.learning.data import TrainingData
+from flawmap.learning.defective import DefectiveBatches
 from flawmap.methods import SyntheticDefects
 from flawmap.synthesis import CLS_CNF, SynthesisSettings
-from flawmap.training_data import TrainingData
 
 SIZE = (64, 64)
 

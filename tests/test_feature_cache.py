@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flawmap import FlawmapError
-from flawmap.feature_cache import FeatureCache
+from flawmap.learning.feature_cache import FeatureCache
 
 Usage = namedtuple("Usage", "total used free")
 

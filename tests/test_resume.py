@@ -15,9 +15,9 @@ from flawmap import Detector, FlawmapError, training
 from flawmap.backbones import create_backbone, create_engine
 from flawmap.imaging.images import Preprocessing
 from flawmap.imaging.preparation import Preparation
+from flawmap.learning.data import TrainingData
+from flawmap.learning.loop import train
 from flawmap.methods import Collect, Method, Optimise
-from flawmap.training import train
-from flawmap.training_data import TrainingData
 
 SIZE = (32, 32)
 EPOCHS, BATCH, IMAGES = 5, 4, 10

@@ -10,14 +10,14 @@ from torch import nn
 
 from flawmap import FlawmapError, ImageError
 from flawmap.backbones import create_backbone, create_engine
-from flawmap.feature_cache import FeatureCache
-from flawmap.good_scores import folds
 from flawmap.imaging.images import Preprocessing
 from flawmap.imaging.preparation import Preparation
 from flawmap.imaging.reading import read_batches
+from flawmap.learning.data import TrainingData
+from flawmap.learning.feature_cache import FeatureCache
+from flawmap.learning.good_scores import folds
+from flawmap.learning.loop import train
 from flawmap.methods import Method, Optimise
-from flawmap.training import train
-from flawmap.training_data import TrainingData
 
 SIZE = (32, 32)
 

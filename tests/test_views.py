@@ -8,14 +8,14 @@ from scipy import ndimage
 from torch import nn
 
 from flawmap.backbones import create_backbone, create_engine
-from flawmap.feature_cache import FeatureCache
 from flawmap.imaging.geometry import Geometry
 from flawmap.imaging.images import Preprocessing
 from flawmap.imaging.preparation import Preparation
+from flawmap.learning.data import TrainingData
+from flawmap.learning.feature_cache import FeatureCache
+from flawmap.learning.loop import train
+from flawmap.learning.views import Views, _rotated
 from flawmap.methods import Method, Optimise
-from flawmap.training import train
-from flawmap.training_data import TrainingData
-from flawmap.views import Views, _rotated
 
 SIZE = (32, 48)
 

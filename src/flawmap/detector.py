@@ -22,8 +22,6 @@ from torch import Tensor, nn
 from flawmap.backbones import DEFAULT_BACKBONE, Engine, check_engine, create_backbone, create_engine
 from flawmap.datasets import Dataset, Sample, find_dataset
 from flawmap.errors import FlawmapError, ImageError
-from flawmap.fitting import SHORT, Atypical, Recipe, extraction_engine, fit, limits, report_unreadable
-from flawmap.good_scores import Split, good_scores
 from flawmap.imaging.captures import CaptureLimits, capture_statistics
 from flawmap.imaging.geometry import Geometry
 from flawmap.imaging.images import as_pixels, find_images, read_mask
@@ -32,12 +30,14 @@ from flawmap.imaging.reading import BATCH, Batch, Picture, read_batches
 from flawmap.judging.calibration import Calibration, Threshold
 from flawmap.judging.evaluation import EvaluationReport, Scored, evaluate
 from flawmap.judging.inspection import Inspection
-from flawmap.latents import Latents
+from flawmap.learning.data import Announce, Progress, TrainingData, quiet, silent
+from flawmap.learning.fitting import SHORT, Atypical, Recipe, extraction_engine, fit, limits, report_unreadable
+from flawmap.learning.good_scores import Split, good_scores
+from flawmap.learning.latents import Latents
+from flawmap.learning.loop import train
 from flawmap.methods import Method, configure, method_class
 from flawmap.model_file import read_model, write_model
 from flawmap.report.overlays import HeatScale
-from flawmap.training import train
-from flawmap.training_data import Announce, Progress, TrainingData, quiet, silent
 
 log = logging.getLogger(__name__)
 

@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 from flawmap.datasets import Dataset
 from flawmap.detector import Detector, labelled_samples
-from flawmap.fitting import SHORT
 from flawmap.imaging.images import digest, read_image
+from flawmap.learning.data import Progress, quiet
+from flawmap.learning.fitting import SHORT
 from flawmap.metrics import partial_spearman, spearman
 from flawmap.sweep import FIGURES, Labelled, Sweep, labelled
-from flawmap.training_data import Progress, quiet
 
 _CANDIDATES = 60_000  # training patches among which a gallery is chosen
 

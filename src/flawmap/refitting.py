@@ -17,9 +17,11 @@ from flawmap.datasets import Dataset, Sample
 from flawmap.datasets.duplicates import duplicate_groups, duplicate_pairs
 from flawmap.detector import Detector, source_name, training_paths
 from flawmap.errors import FlawmapError, ImageError
-from flawmap.good_scores import calibration_images
 from flawmap.imaging.fingerprints import fingerprint
 from flawmap.imaging.images import infer_white, read_image
+from flawmap.learning.data import Announce, Progress, quiet, silent
+from flawmap.learning.good_scores import calibration_images
+from flawmap.learning.workspace import refuse_interrupted
 from flawmap.methods import Method, method_class
 from flawmap.oracle import OracleGrid
 from flawmap.sweep import Sweep, labelled
@@ -38,8 +40,6 @@ from flawmap.synthetic_criterion import (
     synthetic_images,
     test_samples,
 )
-from flawmap.training_data import Announce, Progress, quiet, silent
-from flawmap.workspace import refuse_interrupted
 
 log = logging.getLogger(__name__)
 

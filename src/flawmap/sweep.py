@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 
 from flawmap.backbones import Engine
 from flawmap.datasets import Sample
-from flawmap.feature_cache import FeatureCache
 from flawmap.imaging.images import read_image, read_mask
 from flawmap.imaging.preparation import Preparation
+from flawmap.learning.data import COLLECTED, Progress, batches, on_device, quiet
+from flawmap.learning.feature_cache import FeatureCache
 from flawmap.methods import Method
 from flawmap.methods.smoothing import on_grid
 from flawmap.metrics import PixelCurves, auroc
-from flawmap.training_data import COLLECTED, Progress, batches, on_device, quiet
 
 FIGURES = ("image_auroc", "pixel_auroc", "pixel_ap", "aupro")
 

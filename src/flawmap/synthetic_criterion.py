@@ -18,11 +18,11 @@ from flawmap.detector import labelled_samples
 from flawmap.errors import FlawmapError
 from flawmap.imaging.preparation import Preparation
 from flawmap.imaging.reading import BATCH
+from flawmap.learning.data import Progress, on_device, quiet
 from flawmap.methods import Method, configure
 from flawmap.oracle import OracleGrid
 from flawmap.sweep import FIGURES, Batch, Labelled, Sweep, figures_of, labelled
 from flawmap.synthesis import DEFAULTS, GoodImages, find_foreground, generator, looked_at, synthesize
-from flawmap.training_data import Progress, on_device, quiet
 
 DEFECTS = 4
 """Synthetic defects made from each good image."""

@@ -10,8 +10,9 @@ import numpy as np
 from flawmap.datasets import Dataset
 from flawmap.detector import Detector, source_name, training_paths
 from flawmap.errors import FlawmapError
-from flawmap.fitting import SHORT
 from flawmap.imaging.images import digest
+from flawmap.learning.data import Progress, quiet
+from flawmap.learning.fitting import SHORT
 from flawmap.oracle import OracleGrid
 from flawmap.sweep import Sweep, labelled
 from flawmap.synthetic_criterion import (
@@ -25,7 +26,6 @@ from flawmap.synthetic_criterion import (
     synthetic_images,
     test_samples,
 )
-from flawmap.training_data import Progress, quiet
 
 _ENOUGH = 20  # good images to tune on
 

@@ -12,7 +12,7 @@ import click
 
 
 class ProgressLines:
-    """Callable as `flawmap.training.Progress`."""
+    """Callable as `flawmap.learning.loop.Progress`."""
 
     def __init__(self) -> None:
         self._bar: Any = None

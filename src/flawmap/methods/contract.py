@@ -1,6 +1,6 @@
 """What a method is: a module that says what has to happen in training, and turns features into an anomaly map.
 
-A method owns no loop. `stages()` yields what has to happen, in order; `flawmap.training` runs it.
+A method owns no loop. `stages()` yields what has to happen, in order; `flawmap.learning.loop` runs it.
 """
 
 from __future__ import annotations

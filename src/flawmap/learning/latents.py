@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flawmap.learning.data import COLLECTED, TrainingData, batches, on_device
 from flawmap.methods import Method
-from flawmap.training_data import COLLECTED, TrainingData, batches, on_device
 
 
 @dataclass(frozen=True)

@@ -17,19 +17,19 @@ from torch import nn
 from flawmap.backbones import Backbone, Engine, create_backbone, create_engine
 from flawmap.backbones.engines import cpu_threads
 from flawmap.errors import FlawmapError, ImageError
-from flawmap.good_scores import GoodScores, Split, calibration_images, good_scores, split_images
 from flawmap.imaging.captures import CaptureLimits
 from flawmap.imaging.geometry import Geometry
 from flawmap.imaging.images import Preprocessing, infer_white
 from flawmap.imaging.preparation import LOWEST_QUALITY, Preparation
 from flawmap.imaging.registration import Template
 from flawmap.judging.calibration import Calibration
-from flawmap.latents import Latents
+from flawmap.learning.data import Announce, Progress, TrainingData, silent
+from flawmap.learning.good_scores import GoodScores, Split, calibration_images, good_scores, split_images
+from flawmap.learning.latents import Latents
+from flawmap.learning.loop import train
+from flawmap.learning.views import Views
+from flawmap.learning.workspace import identity, work_in
 from flawmap.methods import Method
-from flawmap.training import train
-from flawmap.training_data import Announce, Progress, TrainingData, silent
-from flawmap.views import Views
-from flawmap.workspace import identity, work_in
 
 log = logging.getLogger(__name__)
 

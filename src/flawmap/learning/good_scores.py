@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from flawmap.errors import FlawmapError
 from flawmap.imaging.images import find_images
+from flawmap.learning.data import COLLECTED, Progress, TrainingData, batches, on_device
 from flawmap.methods import Method
-from flawmap.training_data import COLLECTED, Progress, TrainingData, batches, on_device
 
 # Leaving out a third of many images changes a bank as little as leaving out a fifth of few.
 _FOLDS, _FOLDS_OF_MANY, _MANY = 5, 3, 150

@@ -16,12 +16,12 @@ from torch import Tensor
 from flawmap.backbones import Engine, weights_digest
 from flawmap.datasets.duplicates import duplicate_groups, duplicate_pairs
 from flawmap.errors import FlawmapError, ImageError
-from flawmap.feature_cache import FeatureCache
 from flawmap.imaging.images import digest, read_image
 from flawmap.imaging.preparation import Preparation
 from flawmap.imaging.reading import BATCH, Picture, read_batches
+from flawmap.learning.feature_cache import FeatureCache
+from flawmap.learning.views import Views
 from flawmap.methods import Method
-from flawmap.views import Views
 
 COLLECTED = 32
 """Model inputs whose features are collected or scored at once: PaDiM reads all its Gaussians for each batch."""

@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flawmap.learning.data import TrainingData
 from flawmap.methods import SyntheticDefects
 from flawmap.synthesis import TextureFolder, draw_texture, find_foreground, looked_at, synthesize
-from flawmap.training_data import TrainingData
 
 _KEPT = 256_000_000  # bytes of inputs in memory; what goes beyond is read anew each time
 

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flawmap.defective import DefectiveBatches
 from flawmap.errors import FlawmapError
 from flawmap.files import replacing
+from flawmap.learning.data import COLLECTED, Announce, Progress, TrainingData, batches, on_device, quiet, silent
+from flawmap.learning.defective import DefectiveBatches
 from flawmap.methods import Collect, Method, Optimise, Stage, SyntheticDefects
-from flawmap.training_data import COLLECTED, Announce, Progress, TrainingData, batches, on_device, quiet, silent
 
 Load = Callable[[Sequence[int], Sequence[np.random.Generator]], tuple[list[Tensor], Tensor | None]]
 """(some rows, a generator for each) -> what a stage's function takes."""

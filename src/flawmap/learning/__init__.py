@@ -1,0 +1,1 @@
+"""From paths of good images to a fitted and calibrated method."""
