@@ -18,9 +18,9 @@ from pathlib import Path
 from statistics import median
 
 from flawmap import FlawmapError
-from flawmap.refitting import tune_fit
-from flawmap.sweep import FIGURES
-from flawmap.synthetic_criterion import in_words
+from flawmap.tuning.criterion import in_words
+from flawmap.tuning.refitting import tune_fit
+from flawmap.tuning.sweep import FIGURES
 from quality import data_sets
 
 LIVE: dict[str, dict[str, list[float]]] = {

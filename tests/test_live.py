@@ -11,8 +11,8 @@ from PIL import Image
 
 from flawmap import Detector, FlawmapError, find_dataset
 from flawmap.imaging.images import digest
-from flawmap.oracle import OracleGrid, grid_points, oracle_grid, oracle_table
-from flawmap.tuning import tune
+from flawmap.tuning.live import tune
+from flawmap.tuning.oracle import OracleGrid, grid_points, oracle_grid, oracle_table
 
 SMALL = {
     "image_size": 128,

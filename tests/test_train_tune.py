@@ -13,11 +13,11 @@ from flawmap import Detector, FlawmapError, find_dataset, refitting, synthetic_c
 from flawmap.imaging.geometry import Geometry
 from flawmap.imaging.images import Preprocessing, digest
 from flawmap.imaging.preparation import Preparation
-from flawmap.oracle import OracleGrid
-from flawmap.refitting import tune_fit
-from flawmap.sweep import Batch
 from flawmap.synthesis import DEFAULTS, synthesize
-from flawmap.synthetic_criterion import Compared, Criterion, in_words, synthetic_images
+from flawmap.tuning.criterion import Compared, Criterion, in_words, synthetic_images
+from flawmap.tuning.oracle import OracleGrid
+from flawmap.tuning.refitting import tune_fit
+from flawmap.tuning.sweep import Batch
 
 SMALL = {"image_size": 64, "engine": "torch", "deep_levels": (), "min_vectors": 40}
 

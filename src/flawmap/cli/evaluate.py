@@ -67,7 +67,7 @@ def evaluate_command(
     dataset = find_dataset(data, category)
 
     from flawmap.detector import Detector
-    from flawmap.oracle import oracle_grid, oracle_table
+    from flawmap.tuning.oracle import oracle_grid, oracle_table
 
     detector = Detector.load(model, engine=engine, device=device)
     with ProgressLines() as progress:

@@ -183,7 +183,7 @@ def train_command(
             told |= {"workspace": workspace, "resume": resume, "drop_atypical": drop_atypical}
             settled = {"geometry": geometry, **options, **chosen}
             if tune:
-                from flawmap.refitting import tune_fit
+                from flawmap.tuning.refitting import tune_fit
 
                 detector, tuning = tune_fit(dataset, grid or None, oracle=oracle, **told, **settled)
             else:
@@ -202,7 +202,7 @@ def train_command(
 
 
 def _searched(grid: dict[str, list[str]]) -> dict[str, list[Any]]:
-    """The values as `flawmap.refitting.tune_fit` takes them: sizes as numbers, levels joined by + as tuples."""
+    """The values as `flawmap.tuning.refitting.tune_fit` takes them: sizes as numbers, levels joined by + as tuples."""
     searched: dict[str, list[Any]] = {}
     for key, values in grid.items():
         if key == "image_size":

@@ -60,7 +60,7 @@ def tune_command(
     dataset = find_dataset(data, category)
 
     from flawmap.detector import Detector
-    from flawmap.tuning import tune
+    from flawmap.tuning.live import tune
 
     detector = Detector.load(model, engine=engine, device=device)
     with ProgressLines() as progress:

@@ -23,9 +23,7 @@ from flawmap.learning.data import Announce, Progress, quiet, silent
 from flawmap.learning.good_scores import calibration_images
 from flawmap.learning.workspace import refuse_interrupted
 from flawmap.methods import Method, method_class
-from flawmap.oracle import OracleGrid
-from flawmap.sweep import Sweep, labelled
-from flawmap.synthetic_criterion import (
+from flawmap.tuning.criterion import (
     DEFECTS,
     FEWEST,
     Compared,
@@ -40,6 +38,8 @@ from flawmap.synthetic_criterion import (
     synthetic_images,
     test_samples,
 )
+from flawmap.tuning.oracle import OracleGrid
+from flawmap.tuning.sweep import Sweep, labelled
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def tune_fit(
 
     A quarter of the good images, 4 to 40, is held out for the choice; images that show the same stand on one side.
     Defects are made in the held-out ones on their original pixels, so candidates of all sizes are shown the same ones.
-    Each candidate is fitted on the other images and measured by `flawmap.synthetic_criterion.Criterion`. Where a method
+    Each candidate is fitted on the other images and measured by `flawmap.tuning.criterion.Criterion`. Where a method
     would cross-fit, a fifth of those is left out here, as where it holds out: that saves five fits for each candidate.
     Settings that can be moved after fitting are searched within each candidate.
 

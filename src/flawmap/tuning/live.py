@@ -13,9 +13,7 @@ from flawmap.errors import FlawmapError
 from flawmap.imaging.images import digest
 from flawmap.learning.data import Progress, quiet
 from flawmap.learning.fitting import SHORT
-from flawmap.oracle import OracleGrid
-from flawmap.sweep import Sweep, labelled
-from flawmap.synthetic_criterion import (
+from flawmap.tuning.criterion import (
     DEFECTS,
     FEWEST,
     Compared,
@@ -26,6 +24,8 @@ from flawmap.synthetic_criterion import (
     synthetic_images,
     test_samples,
 )
+from flawmap.tuning.oracle import OracleGrid
+from flawmap.tuning.sweep import Sweep, labelled
 
 _ENOUGH = 20  # good images to tune on
 
@@ -44,7 +44,7 @@ def tune(
 
     If `source` holds at least 20 good images that the detector has never seen, it is tuned on those. Else half of those
     it was calibrated on serve, and the other half calibrates what is returned. What has to be fitted anew to be changed
-    is chosen by `flawmap.refitting.tune_fit`.
+    is chosen by `flawmap.tuning.refitting.tune_fit`.
 
     Args:
         detector: a fitted one.

@@ -15,7 +15,7 @@ from flawmap.imaging.images import digest, read_image
 from flawmap.learning.data import Progress, quiet
 from flawmap.learning.fitting import SHORT
 from flawmap.metrics import partial_spearman, spearman
-from flawmap.sweep import FIGURES, Labelled, Sweep, labelled
+from flawmap.tuning.sweep import FIGURES, Labelled, Sweep, labelled
 
 _CANDIDATES = 60_000  # training patches among which a gallery is chosen
 

@@ -20,9 +20,9 @@ from flawmap.imaging.preparation import Preparation
 from flawmap.imaging.reading import BATCH
 from flawmap.learning.data import Progress, on_device, quiet
 from flawmap.methods import Method, configure
-from flawmap.oracle import OracleGrid
-from flawmap.sweep import FIGURES, Batch, Labelled, Sweep, figures_of, labelled
 from flawmap.synthesis import DEFAULTS, GoodImages, find_foreground, generator, looked_at, synthesize
+from flawmap.tuning.oracle import OracleGrid
+from flawmap.tuning.sweep import FIGURES, Batch, Labelled, Sweep, figures_of, labelled
 
 DEFECTS = 4
 """Synthetic defects made from each good image."""
@@ -71,7 +71,7 @@ class Tuning:
         exist, or where the oracle gains nothing.
 
         Args:
-            figure: one of `flawmap.sweep.FIGURES`.
+            figure: one of `flawmap.tuning.sweep.FIGURES`.
         """
         if self.oracle is None:
             return None
@@ -314,7 +314,7 @@ def compare_live(
 def live_figures(
     method: Method, sweep: Sweep, points: Sequence[Point], progress: Progress = quiet
 ) -> list[dict[str, float]]:
-    """The figures of `flawmap.sweep` at each point of `live` settings, of a sweep over test images."""
+    """The figures of `flawmap.tuning.sweep` at each point of `live` settings, of a sweep over test images."""
     figures = []
     for done, point in enumerate(points, start=1):
         figures.append(sweep.figures(_moved(method, point)))
@@ -373,7 +373,7 @@ class Scorer:
         )
 
     def figures(self, samples: Sequence[Sample], progress: Progress = quiet) -> dict[str, float]:
-        """Each of `flawmap.sweep.FIGURES` of labelled test images, in 0..1; nan where it does not exist."""
+        """Each of `flawmap.tuning.sweep.FIGURES` of labelled test images, in 0..1; nan where it does not exist."""
 
         def told() -> Iterator[Batch]:
             for batch in self.scored(labelled(sample) for sample in samples):

@@ -1,0 +1,1 @@
+"""Settings chosen on synthetic defects, or by the oracle beside them."""
