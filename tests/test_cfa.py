@@ -13,8 +13,8 @@ from flawmap import Detector
 from flawmap.backbones import create_backbone
 from flawmap.learning.feature_cache import FeatureCache
 from flawmap.methods import Collect, Optimise, configure
+from flawmap.methods.blocks.hypersphere_centres import moving_average
 from flawmap.methods.cfa import CFA, coordinates
-from flawmap.methods.hypersphere_centres import moving_average
 
 T = 64  # positions of the default grid
 

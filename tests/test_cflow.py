@@ -12,8 +12,8 @@ from feature_maps import LEVELS, SIZE, drawn_features, small_trunk
 from flawmap.flows import Mixing, position_code
 from flawmap.flows.conditional import PositionalMLP, conditional_flow, standard_normal
 from flawmap.methods import Collect, Optimise, configure
+from flawmap.methods.blocks.position_flows import vectors_inside, warm_cosine
 from flawmap.methods.cflow import CFlow
-from flawmap.methods.position_flows import vectors_inside, warm_cosine
 
 GRIDS = [(16, 16), (8, 8)]
 QUICK = {"levels": LEVELS, "deep_levels": (), "blocks": 2}

@@ -13,9 +13,9 @@ from flawmap.backbones import Backbone, create_backbone
 from flawmap.datasets import find_dataset
 from flawmap.flows import Mixing
 from flawmap.methods import configure
+from flawmap.methods.blocks.decoder import Decoder
+from flawmap.methods.blocks.encoder_tuning import EncoderTuning
 from flawmap.methods.cls_cnf import ClsCnf
-from flawmap.methods.decoder import Decoder
-from flawmap.methods.encoder_tuning import EncoderTuning
 
 SIZE = (64, 64)
 QUICK = {"blocks": 2, "freeze_epochs": 2, "tune_epochs": 2, "epochs": 2, "deep_levels": ()}

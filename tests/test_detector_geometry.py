@@ -13,7 +13,7 @@ from flawmap.datasets.drawn import draw_part
 from flawmap.imaging.geometry import Geometry
 from flawmap.imaging.preparation import read_region
 from flawmap.methods import method_class
-from flawmap.methods.smoothing import on_grid
+from flawmap.methods.blocks.smoothing import on_grid
 
 HEIGHT, WIDTH = 96, 160
 SQUARE = (slice(40, 58), slice(66, 88))  # of the glaring pixels, on the part

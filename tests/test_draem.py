@@ -9,8 +9,8 @@ from scipy.ndimage import rotate
 from flawmap import Detector
 from flawmap.backbones import create_backbone
 from flawmap.backbones.engines import to_onnx
+from flawmap.methods.blocks.reconstruction import focal, ssim
 from flawmap.methods.draem import DRAEM, Autoencoder, DRAEMConfig, discriminative, rotated
-from flawmap.methods.reconstruction import focal, ssim
 from synthetic_batches import batch
 
 LEVELS = ("blocks.4",)

@@ -14,8 +14,8 @@ from flawmap import Detector, FlawmapError
 from flawmap.backbones import create_backbone, create_engine
 from flawmap.flows import ActNorm, Coupling, Mixing
 from flawmap.methods import Collect, Optimise, configure
+from flawmap.methods.blocks.factorisation import covariance
 from flawmap.methods.f2r import F2R
-from flawmap.methods.factorisation import covariance
 from flawmap.neighbours import k_center_greedy
 
 T = 64  # positions

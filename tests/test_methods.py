@@ -16,7 +16,7 @@ from feature_maps import LEVELS, SIZE, drawn_features, small_trunk
 from flawmap import Detector, FlawmapError
 from flawmap.backbones.engines import to_onnx
 from flawmap.methods import METHODS, SyntheticDefects, configure, method_class
-from flawmap.methods.smoothing import enlarging_matrix
+from flawmap.methods.blocks.smoothing import enlarging_matrix
 from flawmap.synthesis import KINDS
 
 # A few values for settings whose annotation does not list them.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from flawmap.methods.moments import Moments
+from flawmap.methods.blocks.moments import Moments
 
 
 def test_batches_give_numpys_mean_and_covariance_far_from_zero() -> None:

@@ -8,8 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from flawmap import Detector
 from flawmap.backbones import create_backbone
 from flawmap.backbones.engines import to_onnx
+from flawmap.methods.blocks.reconstruction import focal, redraw, ssim
 from flawmap.methods.pouta import POUTA, Guidance, Head, Network, POUTAConfig, vanilla
-from flawmap.methods.reconstruction import focal, redraw, ssim
 from synthetic_batches import batch
 
 LEVELS = ("blocks.4",)

@@ -11,9 +11,7 @@ from torch import nn
 
 from flawmap import FlawmapError
 from flawmap.backbones import create_backbone
-from flawmap.methods.contract import SyntheticDefects
-from flawmap.methods.draem import DRAEM, DRAEMConfig
-from flawmap.methods.reconstruction import (
+from flawmap.methods.blocks.reconstruction import (
     Decoder,
     Encoder,
     UNet,
@@ -25,6 +23,8 @@ from flawmap.methods.reconstruction import (
     ssim,
     transposed,
 )
+from flawmap.methods.contract import SyntheticDefects
+from flawmap.methods.draem import DRAEM, DRAEMConfig
 
 LEVELS = ("blocks.4",)
 

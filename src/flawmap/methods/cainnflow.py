@@ -41,8 +41,8 @@ from torch import Tensor, nn
 
 from flawmap.backbones import Backbone, default_deep_levels, default_levels, levels_at
 from flawmap.flows import ActNorm, Block, Clamp, Coupling, Flow, Mixing, Separate, Subnet, convolutions
+from flawmap.methods.blocks.smoothing import Enlarge, largest, on_grid
 from flawmap.methods.contract import Config, Method, Optimise, Stage, epochs_within
-from flawmap.methods.smoothing import Enlarge, largest, on_grid
 
 _ATTENTION = {"CAC": (2, (1,)), "CA": (1, (1,)), "AC": (1, (0,)), "CC": (2, ())}
 """How many convolutions, and before which CBAM stands: Eqs. 11, 9, 10 and 12."""

@@ -39,11 +39,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from flawmap.backbones import Backbone, levels_at
+from flawmap.methods.blocks.hypersphere_centres import HypersphereCentres
+from flawmap.methods.blocks.moments import Moments, whitening_axes
+from flawmap.methods.blocks.patches import fused, sampled
+from flawmap.methods.blocks.smoothing import Enlarge, largest, on_grid
 from flawmap.methods.contract import Collect, Config, Method, Optimise, Stage, epochs_within
-from flawmap.methods.hypersphere_centres import HypersphereCentres
-from flawmap.methods.moments import Moments, whitening_axes
-from flawmap.methods.patches import fused, sampled
-from flawmap.methods.smoothing import Enlarge, largest, on_grid
 from flawmap.neighbours import k_nearest, nearest, search_index
 
 _RADIUS_SAMPLE = 4096

@@ -38,15 +38,15 @@ from pydantic import Field
 from torch import Tensor
 
 from flawmap.backbones import Backbone
-from flawmap.methods.contract import Method, Stage
-from flawmap.methods.position_flows import (
+from flawmap.methods.blocks.position_flows import (
     PRINTED,
     PositionFlows,
     PositionFlowsConfig,
     on_common_grid,
     with_levels,
 )
-from flawmap.methods.smoothing import Enlarge, largest
+from flawmap.methods.blocks.smoothing import Enlarge, largest
+from flawmap.methods.contract import Method, Stage
 
 
 class CFlowConfig(PositionFlowsConfig):

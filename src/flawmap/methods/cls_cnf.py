@@ -40,17 +40,17 @@ from torch import Tensor, nn
 
 from flawmap.backbones import Backbone
 from flawmap.errors import FlawmapError
-from flawmap.methods.contract import Method, Stage
-from flawmap.methods.decoder import Decoder
-from flawmap.methods.encoder_tuning import EncoderTuning, EncoderTuningConfig
-from flawmap.methods.position_flows import (
+from flawmap.methods.blocks.decoder import Decoder
+from flawmap.methods.blocks.encoder_tuning import EncoderTuning, EncoderTuningConfig
+from flawmap.methods.blocks.position_flows import (
     PRINTED,
     PositionFlows,
     PositionFlowsConfig,
     on_common_grid,
     with_levels,
 )
-from flawmap.methods.smoothing import Enlarge, largest, on_grid
+from flawmap.methods.blocks.smoothing import Enlarge, largest, on_grid
+from flawmap.methods.contract import Method, Stage
 
 
 class ClsCnfConfig(EncoderTuningConfig, PositionFlowsConfig):

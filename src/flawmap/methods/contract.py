@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from flawmap.backbones import Backbone
-from flawmap.methods.smoothing import Enlarge
+from flawmap.methods.blocks.smoothing import Enlarge
 from flawmap.synthesis import SynthesisSettings
 
 

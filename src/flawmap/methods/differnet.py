@@ -34,8 +34,8 @@ from torch import Tensor, nn
 from flawmap.backbones import Backbone, levels_at
 from flawmap.backbones.pyramid import Pyramid
 from flawmap.flows import Block, Coupling, Flow, Mixing, mlp
+from flawmap.methods.blocks.smoothing import Enlarge
 from flawmap.methods.contract import Collect, Config, Method, Optimise, Stage
-from flawmap.methods.smoothing import Enlarge
 
 _VECTORS = 4096  # that the principal components are made of, or nearly so many
 _BOUND = 3.0  # alpha, the limit of the log-scales

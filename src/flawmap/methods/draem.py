@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from flawmap.methods.reconstruction import (
+from flawmap.methods.blocks.reconstruction import (
     Decoder,
     Encoder,
     Pair,

@@ -42,11 +42,11 @@ from flawmap.backbones import Backbone, default_levels, levels_at
 from flawmap.backbones.catalogue import DEFAULT_BACKBONE
 from flawmap.errors import FlawmapError
 from flawmap.flows import Glow
+from flawmap.methods.blocks.factorisation import Factorisation, FactorisationConfig
+from flawmap.methods.blocks.patch_projection import PatchProjection
+from flawmap.methods.blocks.patches import PatchSample, sampled
+from flawmap.methods.blocks.smoothing import Enlarge, largest, on_grid
 from flawmap.methods.contract import Collect, Method, Optimise, Stage, epochs_within
-from flawmap.methods.factorisation import Factorisation, FactorisationConfig
-from flawmap.methods.patch_projection import PatchProjection
-from flawmap.methods.patches import PatchSample, sampled
-from flawmap.methods.smoothing import Enlarge, largest, on_grid
 from flawmap.neighbours import k_center_greedy, nearest, search_index
 
 _ROWS = 16_384  # patches that T takes at a time

@@ -25,8 +25,8 @@ from pydantic import Field
 from torch import Tensor
 
 from flawmap.backbones import Backbone, levels_at
+from flawmap.methods.blocks.smoothing import Enlarge, on_grid
 from flawmap.methods.contract import Collect, Config, Method, Stage
-from flawmap.methods.smoothing import Enlarge, on_grid
 
 _POSITIONS = 512  # positions whose sums are one allocation, large enough that freeing it gives memory back
 _AT_ONCE = 64  # positions whose products stay in the cache

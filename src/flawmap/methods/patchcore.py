@@ -28,9 +28,9 @@ from torch import Tensor, nn
 
 from flawmap.backbones import Backbone, default_deep_levels, default_levels
 from flawmap.errors import FlawmapError
+from flawmap.methods.blocks.patches import PatchSample, averaged, fused, resized
+from flawmap.methods.blocks.smoothing import Enlarge, on_grid, within
 from flawmap.methods.contract import Collect, Config, Method, Stage
-from flawmap.methods.patches import PatchSample, averaged, fused, resized
-from flawmap.methods.smoothing import Enlarge, on_grid, within
 from flawmap.neighbours import k_center_greedy, k_nearest, nearest, search_index
 
 _UNIT_SAMPLE = 4096

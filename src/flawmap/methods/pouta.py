@@ -32,8 +32,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from flawmap.methods.contract import Stage
-from flawmap.methods.reconstruction import (
+from flawmap.methods.blocks.reconstruction import (
     Decoder,
     Encoder,
     Pair,
@@ -48,6 +47,7 @@ from flawmap.methods.reconstruction import (
     ssim,
     transposed,
 )
+from flawmap.methods.contract import Stage
 from flawmap.synthesis import POUTA as DEFECTS
 
 Gate = Literal["sigmoid", "none"]

@@ -19,7 +19,7 @@ from flawmap.imaging.preparation import Preparation
 from flawmap.learning.data import COLLECTED, Progress, batches, on_device, quiet
 from flawmap.learning.feature_cache import FeatureCache
 from flawmap.methods import Method
-from flawmap.methods.smoothing import on_grid
+from flawmap.methods.blocks.smoothing import on_grid
 from flawmap.metrics import PixelCurves, auroc
 
 FIGURES = ("image_auroc", "pixel_auroc", "pixel_ap", "aupro")

@@ -17,8 +17,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from flawmap.backbones import Backbone
+from flawmap.methods.blocks.decoder import Decoder
 from flawmap.methods.contract import Config, Optimise, SyntheticDefects, epochs_within
-from flawmap.methods.decoder import Decoder
 from flawmap.synthesis import CLS_CNF, soft_label
 
 _SLOPE = 5.0  # of soft labels

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flawmap.methods.blocks.moments import Moments
+from flawmap.methods.blocks.patches import averaged, fused
+from flawmap.methods.blocks.smoothing import on_grid
 from flawmap.methods.contract import Collect
-from flawmap.methods.moments import Moments
-from flawmap.methods.patches import averaged, fused
-from flawmap.methods.smoothing import on_grid
 
 
 class PatchProjection(nn.Module):

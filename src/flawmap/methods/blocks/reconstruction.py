@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from flawmap.backbones import Backbone, levels_at
 from flawmap.errors import FlawmapError
+from flawmap.methods.blocks.smoothing import largest, within
 from flawmap.methods.contract import Config, Method, Optimise, Stage, SyntheticDefects, epochs_within
-from flawmap.methods.smoothing import largest, within
 from flawmap.synthesis import SynthesisSettings
 
 Upsampling = Callable[[int, int], nn.Module]

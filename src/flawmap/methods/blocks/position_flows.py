@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from flawmap.backbones import default_deep_levels, levels_at
 from flawmap.flows import position_code
 from flawmap.flows.conditional import conditional_flow, standard_normal
+from flawmap.methods.blocks.moments import Moments, whitening_axes
+from flawmap.methods.blocks.patches import averaged, resized
+from flawmap.methods.blocks.smoothing import on_grid, within
 from flawmap.methods.contract import Collect, Config, Optimise, epochs_within
-from flawmap.methods.moments import Moments, whitening_axes
-from flawmap.methods.patches import averaged, resized
-from flawmap.methods.smoothing import on_grid, within
 
 _CODE = 128  # channels of the position code
 _RIDGE = 1e-2  # of the mean variance: few images leave directions without any

@@ -1,0 +1,1 @@
+"""What methods share: blocks below the papers."""
