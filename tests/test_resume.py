@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from flawmap import Detector, FlawmapError, training
+from flawmap import Detector, FlawmapError
 from flawmap.backbones import create_backbone, create_engine
 from flawmap.imaging.images import Preprocessing
 from flawmap.imaging.preparation import Preparation
+from flawmap.learning import loop
 from flawmap.learning.data import TrainingData
 from flawmap.learning.loop import train
 from flawmap.methods import Collect, Method, Optimise
@@ -97,7 +98,7 @@ class Noisy(Method):
 
 def trained(backbone, data, seed=3, **options):
     method = Noisy(backbone)
-    with patch.object(training, "COLLECTED", 8):  # so that a stage that collects can be stopped midway
+    with patch.object(loop, "COLLECTED", 8):  # so that a stage that collects can be stopped midway
         train(method, data, range(IMAGES), seed=seed, **options)
     return {name: value for name, value in method.state_dict().items() if not name.startswith("backbone.")}
 

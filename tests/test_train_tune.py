@@ -9,11 +9,12 @@ import pytest
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from flawmap import Detector, FlawmapError, find_dataset, refitting, synthetic_criterion
+from flawmap import Detector, FlawmapError, find_dataset
 from flawmap.imaging.geometry import Geometry
 from flawmap.imaging.images import Preprocessing, digest
 from flawmap.imaging.preparation import Preparation
 from flawmap.synthesis import DEFAULTS, synthesize
+from flawmap.tuning import criterion, refitting
 from flawmap.tuning.criterion import Compared, Criterion, in_words, synthetic_images
 from flawmap.tuning.oracle import OracleGrid
 from flawmap.tuning.refitting import tune_fit
@@ -163,7 +164,7 @@ def test_defects_are_of_other_kinds_than_those_trained_on(good, monkeypatch):
         drawn.append(settings)
         return synthesize(*arguments, settings=settings, **others)
 
-    monkeypatch.setattr(synthetic_criterion, "synthesize", synthesized)
+    monkeypatch.setattr(criterion, "synthesize", synthesized)
     list(synthetic_images(good[:2], preparation(64), 0, frozenset({"texture", "scar"})))
     assert set(drawn[0].kinds) == {"image", "rearranged", "cutpaste"}
     assert drawn == [replace(DEFAULTS, kinds=drawn[0].kinds)] * 8
