@@ -19,7 +19,8 @@ from statistics import median
 from typing import Any
 
 from flawmap import Detector  # before NumPy and PyTorch, which read how to wait when they load
-from flawmap.backbones.engines import available_engines, cpu_threads, create_engine
+from flawmap.backbones import create_engine
+from flawmap.line.engines import available_engines, cpu_threads
 from flawmap.neighbours import nearest, search_index
 
 # isort: split

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from flawmap import FlawmapError
 from flawmap.backbones import CATALOGUE, DEFAULT_BACKBONE, create_backbone, create_engine, summaries
-from flawmap.backbones.engines import available_engines
+from flawmap.line.engines import available_engines
 
 
 @pytest.fixture(scope="module")

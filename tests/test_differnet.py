@@ -12,7 +12,7 @@ from sklearn.decomposition import PCA
 from feature_maps import LEVELS, SIZE, small_trunk
 from flawmap import Detector, FlawmapError
 from flawmap.backbones import create_backbone
-from flawmap.backbones.engines import to_onnx
+from flawmap.backbones.tracing import to_onnx
 from flawmap.backbones.pyramid import Pyramid, turned
 from flawmap.methods import Collect, Optimise, configure
 from flawmap.methods.differnet import DifferNet, DifferNetConfig, flow
@@ -120,7 +120,7 @@ def test_nothing_outside_moves_the_maps(trunk):
 @pytest.mark.parametrize("masked", [False, True])
 def test_oblique_turns_run_in_onnxruntime(trunk, masked):
     pyramid = Pyramid(trunk, rotations=6, scales=1, deviations=True)
-    session = onnxruntime.InferenceSession(to_onnx(pyramid, SIZE, masked=masked), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(to_onnx(pyramid, SIZE, masked=masked)[0], providers=["CPUExecutionProvider"])
     batch, inside = images(3), torch.ones(3, 1, *SIZE)
     inside[:, :, :20] = 0
     given = (batch, inside) if masked else (batch,)

@@ -8,7 +8,7 @@ from scipy.ndimage import rotate
 
 from flawmap import Detector
 from flawmap.backbones import create_backbone
-from flawmap.backbones.engines import to_onnx
+from flawmap.backbones.tracing import to_onnx
 from flawmap.methods.blocks.reconstruction import focal, ssim
 from flawmap.methods.draem import DRAEM, Autoencoder, DRAEMConfig, discriminative, rotated
 from synthetic_batches import batch
@@ -97,7 +97,7 @@ def test_a_share_of_the_images_is_turned():
 def test_onnxruntime_agrees_at_any_batch_size(method):
     method.network.train()(torch.rand(4, 3, 64, 64))  # running statistics that are not those of the start
     method.eval()
-    session = onnxruntime.InferenceSession(to_onnx(method, (64, 64), masked=True), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(to_onnx(method, (64, 64), masked=True)[0], providers=["CPUExecutionProvider"])
     images = batch(3)[0]
     inside = torch.ones(3, 1, 64, 64)
     inside[1, :, :, :20] = 0

@@ -14,7 +14,7 @@ from scipy.spatial.distance import cdist, mahalanobis
 
 from feature_maps import LEVELS, SIZE, drawn_features, small_trunk
 from flawmap import Detector, FlawmapError
-from flawmap.backbones.engines import to_onnx
+from flawmap.backbones.tracing import to_onnx
 from flawmap.methods import METHODS, SyntheticDefects, configure, method_class
 from flawmap.methods.blocks.smoothing import enlarging_matrix
 from flawmap.synthesis import KINDS
@@ -94,7 +94,7 @@ class TestEveryMethod:
         for preset in (None, *(preset for preset, changed in method_class(name).presets.items() if changed)):
             detector = fitted(name, preset=preset)
             session = onnxruntime.InferenceSession(
-                to_onnx(detector.method_, (128, 128)), providers=["CPUExecutionProvider"]
+                to_onnx(detector.method_, (128, 128))[0], providers=["CPUExecutionProvider"]
             )
             for batch in (images[:1], images):
                 theirs = session.run(None, {"images": batch})

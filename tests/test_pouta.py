@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flawmap import Detector
 from flawmap.backbones import create_backbone
-from flawmap.backbones.engines import to_onnx
+from flawmap.backbones.tracing import to_onnx
 from flawmap.methods.blocks.reconstruction import focal, redraw, ssim
 from flawmap.methods.pouta import POUTA, Guidance, Head, Network, POUTAConfig, vanilla
 from synthetic_batches import batch
@@ -253,7 +253,7 @@ def test_onnxruntime_agrees_at_any_batch_size(build, settings):
     method.network(torch.rand(4, 3, 64, 64))  # running statistics that are not those of the start
     list(stages)
     method.eval()
-    session = onnxruntime.InferenceSession(to_onnx(method, (64, 64), masked=True), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(to_onnx(method, (64, 64), masked=True)[0], providers=["CPUExecutionProvider"])
     images = batch(3)[0]
     inside = torch.ones(3, 1, 64, 64)
     inside[1, :, :, :20] = 0

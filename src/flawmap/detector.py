@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
-import time
-from collections import deque
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, Literal, overload
@@ -17,24 +13,27 @@ from typing import Any, Literal, overload
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
-from flawmap.backbones import DEFAULT_BACKBONE, Engine, check_engine, create_backbone, create_engine
-from flawmap.datasets import Dataset, Sample, find_dataset
+from flawmap.backbones import DEFAULT_BACKBONE, create_backbone, create_engine, moved
+from flawmap.datasets import Dataset, find_dataset
 from flawmap.errors import FlawmapError, ImageError
-from flawmap.imaging.captures import CaptureLimits, capture_statistics
+from flawmap.graph import InspectionGraph
+from flawmap.imaging.captures import CaptureLimits
 from flawmap.imaging.geometry import Geometry
-from flawmap.imaging.images import as_pixels, find_images, read_mask
 from flawmap.imaging.preparation import Preparation, read_region, read_template
-from flawmap.imaging.reading import BATCH, Batch, Picture, read_batches
 from flawmap.judging.calibration import Calibration, Threshold
-from flawmap.judging.evaluation import EvaluationReport, Scored, evaluate
+from flawmap.judging.evaluation import EvaluationReport
 from flawmap.judging.inspection import Inspection
+from flawmap.judging.judge import Judge
 from flawmap.learning.data import Announce, Progress, TrainingData, quiet, silent
 from flawmap.learning.fitting import SHORT, Atypical, Recipe, extraction_engine, fit, limits, report_unreadable
 from flawmap.learning.good_scores import Split, good_scores
 from flawmap.learning.latents import Latents
 from flawmap.learning.loop import train
+from flawmap.line import Inspector
+from flawmap.line.engines import Engine, check_engine
+from flawmap.line.evaluating import evaluate_inspector
+from flawmap.line.model_card import ModelCard
 from flawmap.methods import Method, configure, method_class
 from flawmap.model_file import read_model, write_model
 from flawmap.report.overlays import HeatScale
@@ -42,6 +41,7 @@ from flawmap.report.overlays import HeatScale
 log = logging.getLogger(__name__)
 
 _PREPARATION, _LATENTS = "preparation.", "latents."  # before the names of their tensors in a model file
+_COMPILING = threading.Lock()
 
 
 class Detector:
@@ -67,8 +67,7 @@ class Detector:
     Attributes:
         method_: the fitted method.
         calibration_: scores of good images.
-        threshold_: the threshold and what it promises.
-        pixel_threshold_: where regions are cut; None for methods without a map.
+        threshold_, pixel_threshold_: where images are rejected, with what that promises, and where regions are cut.
         training_: what it was fitted on: number of images, their digest, seed, engine.
         capture_limits_: what a capture must be like to be judged.
         latents_: of the calibration images, for methods with settings that can be moved; None for the others.
@@ -77,6 +76,7 @@ class Detector:
             kept either; cross-fitting keeps each group on one side.
         left_out_: after `fit` or `update`, what was wrong with images that could not be learnt from. Not kept either.
         sizes_: after `fit` or `update`, (height, width) of the images learnt from. Not kept either.
+        digest_: of the model file it was loaded from or saved to last; None before.
 
     Raises:
         FlawmapError: an unknown name or setting.
@@ -125,13 +125,8 @@ class Detector:
         self.engine = engine
         self.device = _device(device)
         self.seed = seed
-        self.max_false_reject = max_false_reject
-        self.guarantee = guarantee
         self.calibration = calibration
         self.method_: Method
-        self.calibration_: Calibration
-        self.threshold_: Threshold
-        self.pixel_threshold_: float | None
         self.preparation_: Preparation
         self.training_: dict[str, Any]
         self.capture_limits_: CaptureLimits
@@ -140,8 +135,43 @@ class Detector:
         self.left_out_: list[ImageError] = []
         self.sizes_: list[tuple[int, int]] = []
         self.latents_: Latents | None = None
-        self._calibrated = False
-        self._inspector: Engine | None = None
+        self.digest_: str | None = None
+        self._judge = Judge(max_false_reject, guarantee)
+        self._mode = ""
+        self._engine: Engine | None = None
+        self._inspector: Inspector | None = None
+
+    @property
+    def max_false_reject(self) -> float:
+        """The share of good parts that may be rejected."""
+        return self._judge.max_false_reject
+
+    @property
+    def guarantee(self) -> str:
+        """What is promised of it, "marginal" or "confidence"."""
+        return self._judge.guarantee
+
+    @property
+    def calibration_(self) -> Calibration:
+        """Scores of good images."""
+        assert self._calibrated.calibration is not None
+        return self._calibrated.calibration
+
+    @property
+    def threshold_(self) -> Threshold:
+        """The threshold and what it promises."""
+        assert self._calibrated.threshold is not None
+        return self._calibrated.threshold
+
+    @property
+    def pixel_threshold_(self) -> float | None:
+        """Where regions are cut; None for methods without a map."""
+        return self._calibrated.pixel_threshold
+
+    @property
+    def _calibrated(self) -> Judge:
+        self.calibrate()
+        return self._judge
 
     # Fitting
 
@@ -191,7 +221,7 @@ class Detector:
             self.seed,
             str(self.calibration),
         )
-        self._inspector = None
+        self._forget()
         fitted = fit(
             recipe,
             training_paths(source, category),
@@ -269,8 +299,21 @@ class Detector:
             "fitted": sorted({*self.training_["fitted"], *(kept[:SHORT] for kept in digests)}),
             "digest": hashlib.sha256("".join([self.training_["digest"], *digests]).encode()).hexdigest(),
         }
-        self._inspector = None
+        self._forget()
         return self
+
+    def _forget(self) -> None:
+        """What was made of a method that has changed."""
+        self._engine = self._inspector = self.digest_ = None
+
+    def _copy(self) -> Detector:
+        other = object.__new__(Detector)
+        other.__dict__.update(self.__dict__)
+        other._inspector = None
+        return other
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_engine": None, "_inspector": None}  # compiled graphs cannot be copied
 
     # Settings and thresholds
 
@@ -285,20 +328,21 @@ class Detector:
         """
         self.check_live()
         config = self.moved_config(settings)
-        other = object.__new__(Detector)
-        other.__dict__.update(self.__dict__)
+        other = self._copy()
         other.config = config
         other.method_ = self.method_.with_settings(other.config)
-        other._inspector = None if self._inspector is None else self._inspector.moved(_Inspector(other.method_))
-        other._calibrated = False
+        if self._engine is not None:
+            other._engine = moved(self._engine, other._graph(), other._live_buffers())
+        other._judge = Judge(self.max_false_reject, self.guarantee)
         return other.calibrate() if calibrate else other
 
     def calibrate(self) -> Detector:
         """Scores the good images kept for it once more, after `with_settings(calibrate=False)`."""
-        if not self._calibrated:
+        self._check_fitted()
+        if self._judge.calibration is None:
             assert self.latents_ is not None
             scores, peaks = self.latents_.good_scores(self.method_, self.device)
-            self._calibrate(Calibration(scores, peaks, self.calibration_.mode))
+            self._calibrate(Calibration(scores, peaks, self._mode))
         return self
 
     def check_live(self) -> tuple[str, ...]:
@@ -332,14 +376,8 @@ class Detector:
         return configure(self._method_class, {**self.method_.config.model_dump(), **settings})
 
     def _calibrate(self, calibration: Calibration) -> None:
-        self.calibration_ = calibration
-        self._calibrated = True
-        self._set_threshold(calibration.threshold(self.max_false_reject, self.guarantee))
-
-    def _set_threshold(self, threshold: Threshold) -> None:
-        self.threshold_ = threshold
-        peaks = self.calibration_.peaks
-        self.pixel_threshold_ = self.calibration_.pixel_threshold(self.max_false_reject).value if len(peaks) else None
+        self._mode, self._inspector = calibration.mode, None
+        self._judge = Judge.of(calibration, self.max_false_reject, self.guarantee)
 
     def with_threshold(
         self, *, max_false_reject: float | None = None, guarantee: str | None = None, threshold: float | None = None
@@ -349,19 +387,10 @@ class Detector:
         Raises:
             FlawmapError: both or neither are given, or a rate outside (0, 1).
         """
-        if (max_false_reject is None) == (threshold is None):
-            raise FlawmapError("give either a false-reject rate or a threshold")
-        if max_false_reject is not None and not 0 < max_false_reject < 1:
-            raise FlawmapError(f"--max-false-reject must lie between 0 and 1, got {max_false_reject}")
-        self.calibrate()
-        other = object.__new__(Detector)
-        other.__dict__.update(self.__dict__)
-        if max_false_reject is not None:
-            other.max_false_reject = max_false_reject
-            other._set_threshold(self.calibration_.threshold(max_false_reject, guarantee or self.guarantee))
-        else:
-            assert threshold is not None
-            other.threshold_ = self.calibration_.threshold_at(threshold)
+        other = self._copy()
+        other._judge = self._calibrated.with_threshold(
+            max_false_reject=max_false_reject, guarantee=guarantee, threshold=threshold
+        )
         return other
 
     # Predicting
@@ -383,115 +412,47 @@ class Detector:
             ImageError: an array is not an image.
             FlawmapError: the detector is not fitted.
         """
+        return self.inspector().predict(source)
+
+    def stream(self, sources: Iterable[str | Path | NDArray[Any]]) -> Iterator[Inspection]:
+        """Inspects images one batch after the other, reading ahead, in bounded memory: see `Inspector.stream`."""
+        return self.inspector().stream(sources)
+
+    def inspector(self, *, threads: int | None = None) -> Inspector:
+        """What runs and judges, safe to share between threads. Made ready once, for all that come after.
+
+        Args:
+            threads: how many each call may use; all cores by default.
+
+        Raises:
+            FlawmapError: the detector is not fitted, or the engine cannot run the method.
+        """
         self._check_fitted()
-        if isinstance(source, np.ndarray):
-            return self._inspect_array(source)
-        if isinstance(source, (str, Path)):
-            path = Path(source)
-            return list(self.stream(find_images(path))) if path.is_dir() else self._inspect(path)
-        return [
-            self._inspect_array(item) if isinstance(item, np.ndarray) else self._inspect(Path(item)) for item in source
-        ]
+        with _COMPILING:  # backbone, method and enlarging as one graph: two libraries' threads get in each other's way
+            if self._engine is None or threads is not None:
+                self._engine = create_engine(
+                    self._graph(),
+                    self._size,
+                    self.engine,
+                    device=self.device,
+                    threads=threads,
+                    masked=self.preparation_.masked,
+                    given=self._live_buffers(),
+                    dtype=torch.float32 if self.preparation_.preprocessing.deep else torch.uint8,
+                )
+            if self._inspector is None:
+                mover = self._moved if self._method_class.live else None
+                self._inspector = Inspector(self.card(), self._engine, self._judge, self.digest_, mover)
+            return self._inspector
 
-    def stream(self, paths: Iterable[str | Path]) -> Iterator[Inspection]:
-        """Inspects image files one batch after the other, reading ahead, in bounded memory."""
-        self._check_fitted()
-        files = [Path(path) for path in paths]
-        waiting: deque[_Output] = deque()
-        for outputs, pictures in self._ahead(read_batches(files, self.preparation_)):
-            waiting += outputs
-            for picture in pictures:
-                if picture.error is not None:
-                    yield Inspection(picture.path, "error", error=str(picture.error))
-                else:
-                    yield self._judge(picture, [waiting.popleft() for _ in range(picture.windows)])
+    def _moved(self, settings: Mapping[str, Any], calibrate: bool) -> Inspector:
+        return self.with_settings(calibrate=calibrate, **settings).inspector()
 
-    def _inspect(self, path: Path) -> Inspection:
-        return next(self.stream([path]))
+    def _graph(self) -> InspectionGraph:
+        return InspectionGraph(self.method_, self.preparation_.preprocessing)
 
-    def _inspect_array(self, array: NDArray[Any]) -> Inspection:
-        start = time.perf_counter()
-        pixels = as_pixels(array)
-        try:
-            placement = self.preparation_.place(pixels)
-        except ImageError as error:
-            return Inspection(None, "error", size=(pixels.shape[0], pixels.shape[1]), error=f"the array: {error}")
-        inputs = np.stack(list(self.preparation_.inputs(pixels, placement)))
-        inside = placement.inside()[:, None] if self.preparation_.masked else None
-        outputs: list[_Output] = []
-        for i in range(0, len(inputs), BATCH):
-            outputs += self._run(inputs[i : i + BATCH], None if inside is None else inside[i : i + BATCH])
-        statistics = capture_statistics(pixels, self.preparation_.preprocessing.white)
-        picture = Picture(None, placement, statistics)
-        return self._judge(picture, outputs, 1000 * (time.perf_counter() - start))
-
-    def _ahead(self, batches: Iterator[Batch]) -> Iterator[tuple[list[_Output], list[Picture]]]:
-        """Runs each batch while the caller is still busy with the one before."""
-        with ThreadPoolExecutor(1) as pool:
-            waiting: tuple[Future[list[_Output]], Batch] | None = None
-            for batch in batches:
-                before, waiting = waiting, (pool.submit(self._run, batch.inputs, batch.inside), batch)
-                if before is not None:
-                    yield before[0].result(), before[1].pictures
-            if waiting is not None:
-                yield waiting[0].result(), waiting[1].pictures
-
-    def _run(self, inputs: NDArray[np.float32], inside: NDArray[np.bool_] | None) -> list[_Output]:
-        """Model inputs (B, 3, h, w), and where they are scored, (B, 1, h, w) -> what came of each."""
-        if len(inputs) == 0:
-            return []
-        start = time.perf_counter()
-        masks = None if inside is None else inside.astype(np.float32)
-        maps, scores, pooled = self._inspection_engine()(inputs, masks)
-        milliseconds = 1000 * (time.perf_counter() - start) / len(inputs)
-        return [
-            _Output(maps[i, 0] if self.method_.localises else None, float(scores[i]), pooled[i], milliseconds)
-            for i in range(len(inputs))
-        ]
-
-    def _inspection_engine(self) -> Engine:
-        """Backbone, method and enlarging as one graph: two libraries' threads would get in each other's way."""
-        if self._inspector is None:
-            self._inspector = create_engine(
-                _Inspector(self.method_),
-                self._size,
-                self.engine,
-                device=self.device,
-                masked=self.preparation_.masked,
-                given=[f"method.{name}" for name in self.method_.live_buffers],
-            )
-        return self._inspector
-
-    def _judge(self, picture: Picture, outputs: list[_Output], milliseconds: float | None = None) -> Inspection:
-        """The verdict on an image from what came of its windows: the highest score counts."""
-        path, placement = picture.path, picture.placement
-        assert placement is not None
-        score = float(np.max([output.score for output in outputs]))
-        maps = None if outputs[0].map is None else np.stack([output.map for output in outputs])  # type: ignore[misc]
-        name = path or "the array"
-        embedding = np.mean([output.embedding for output in outputs], axis=0)
-        reason = None if picture.statistics is None else self.capture_limits_.reason(picture.statistics, embedding)
-        if not np.isfinite(score) or (maps is not None and not bool(np.isfinite(maps).all())):
-            reason = "its score is not a finite number"
-        if reason is not None:
-            return Inspection(path, "error", size=placement.size, error=f"{name}: {reason}")
-        known: dict[str, Any] = {
-            "score": score,
-            "size": placement.size,
-            "milliseconds": sum(output.milliseconds for output in outputs) if milliseconds is None else milliseconds,
-            "maps": maps,
-            "placement": placement,
-        }
-        if not self._calibrated:
-            return Inspection(path, None, **known)
-        return Inspection(
-            path,
-            "defect" if score >= self.threshold_.value else "good",
-            p_value=self.calibration_.p_value(score),
-            threshold=self.threshold_.value,
-            pixel_threshold=self.pixel_threshold_,
-            **known,
-        )
+    def _live_buffers(self) -> list[str]:
+        return [f"method.{name}" for name in self.method_.live_buffers]
 
     def extraction_engine(self) -> Engine:
         """What makes the features that `method_` reads, apart from it."""
@@ -504,9 +465,7 @@ class Detector:
 
     def heat_scale(self) -> HeatScale | None:
         """What heatmap colours mean, from good images alone; None for methods without a map, or before calibration."""
-        if self.pixel_threshold_ is None or not self._calibrated:
-            return None
-        return HeatScale.from_good(self.calibration_.peaks, self.pixel_threshold_)
+        return self.inspector().heat_scale()
 
     # Evaluating
 
@@ -518,60 +477,19 @@ class Detector:
         full_resolution: bool = False,
         progress: Progress = quiet,
     ) -> EvaluationReport:
-        """Figures on the test images of a labelled data set, at this detector's threshold.
-
-        Pixel figures are taken at the model's input size, masks resized nearest; or on the original pixels, with
-        `full_resolution` and for tiles. What lies outside the region of interest counts nowhere.
+        """Figures on the test images of a labelled data set: see `flawmap.line.evaluating.evaluate_inspector`.
 
         Raises:
             FlawmapError: there are no labelled test images.
         """
-        self._check_fitted()
-        self.calibrate()
-        dataset, samples = labelled_samples(source, category)
-        settings = {
-            **self.settings(),
-            "engine": self._inspection_engine().name,
-            "full_resolution": full_resolution,
-            "data": dataset.name,
-        }
-        return evaluate(self._scored(samples, full_resolution, progress), settings)
+        inspector = self.calibrate().inspector()
+        return evaluate_inspector(
+            inspector, source, category=category, full_resolution=full_resolution, progress=progress
+        )
 
     def settings(self) -> dict[str, Any]:
         """What made this detector, as reports show it."""
-        return {
-            "method": self.method,
-            "backbone": self.backbone,
-            "image_size": list(self.image_size),
-            "geometry": str(self.geometry),
-            "engine": self.training_["engine"],
-            "training_images": self.training_["images"],
-            "seed": self.seed,
-            "threshold": self.threshold_.value,
-            "max_false_reject": self.threshold_.requested,
-            "guarantee": self.threshold_.guarantee,
-        }
-
-    def _scored(self, samples: list[Sample], full_resolution: bool, progress: Progress) -> Iterator[Scored]:
-        for number, (sample, inspection) in enumerate(
-            zip(samples, self.stream(sample.path for sample in samples), strict=True), start=1
-        ):
-            assert inspection.verdict is not None
-            anomaly_map, mask, inside = _pixels(sample, inspection, full_resolution)
-            yield Scored(
-                sample.kind,
-                sample.label == 1,
-                inspection.score,
-                inspection.verdict,
-                anomaly_map,
-                mask,
-                inspection.milliseconds,
-                inspection.error,
-                sample.path,
-                inspection.p_value,
-                inside,
-            )
-            progress("evaluation", number, len(samples))
+        return self.calibrate().inspector().settings()
 
     # Files
 
@@ -581,32 +499,32 @@ class Detector:
         Raises:
             FlawmapError: the file cannot be written.
         """
-        self._check_fitted()
-        self.calibrate()
-        metadata = {
-            "method": self.method,
-            "config": self.method_.config.model_dump(mode="json"),
-            "backbone": self.backbone,
-            "backbone_digest": self.method_.backbone.digest(),
-            "levels": list(self.method_.backbone.levels),
-            "preparation": self.preparation_.to_json(),
-            "captures": self.capture_limits_.to_json(),
-            "calibration": {
-                "mode": self.calibration_.mode,
-                "scores": self.calibration_.scores.tolist(),
-                "peaks": self.calibration_.peaks.tolist(),
-            },
-            "max_false_reject": self.max_false_reject,
-            "guarantee": self.guarantee,
-            "training": self.training_,
-        }
+        metadata = self.calibrate().card().to_json()
         kept = {_PREPARATION + k: torch.from_numpy(v) for k, v in self.preparation_.arrays().items()}
         if self.latents_ is not None:
             metadata["latents"] = self.latents_.digests
             kept[f"{_LATENTS}values"] = self.latents_.values
             if self.latents_.inside is not None:
                 kept[f"{_LATENTS}inside"] = self.latents_.inside
-        write_model(Path(path), {**self.method_.state_dict(), **kept}, metadata)
+        self.digest_ = write_model(Path(path), {**self.method_.state_dict(), **kept}, metadata)
+
+    def card(self) -> ModelCard:
+        """What a model file says of this detector beside its tensors."""
+        self._check_fitted()
+        return ModelCard(
+            self.method,
+            self.method_.config.model_dump(mode="json"),
+            self.backbone,
+            self.method_.backbone.digest(),
+            tuple(self.method_.backbone.levels),
+            self.preparation_,
+            self.capture_limits_,
+            self._judge.calibration,
+            self.max_false_reject,
+            self.guarantee,
+            self.training_,
+            self._method_class.localises,
+        )
 
     @classmethod
     def load(cls, path: str | Path, *, engine: str = "auto", device: str = "auto") -> Detector:
@@ -615,7 +533,7 @@ class Detector:
         Raises:
             FlawmapError: it is missing, damaged, edited, of a newer format, or its method is unknown here.
         """
-        tensors, metadata = read_model(Path(path))
+        tensors, metadata, digest = read_model(Path(path))
         try:
             if "latents" in metadata:
                 values, inside = tensors.pop(f"{_LATENTS}values"), tensors.pop(f"{_LATENTS}inside", None)
@@ -623,97 +541,37 @@ class Detector:
             else:
                 latents = None
             arrays = {k: tensors.pop(k).numpy() for k in list(tensors) if k.startswith(_PREPARATION)}
-            preparation = Preparation.from_json(
-                metadata["preparation"], {k.removeprefix(_PREPARATION): v for k, v in arrays.items()}
-            )
+            card = ModelCard.from_json(metadata, {k.removeprefix(_PREPARATION): v for k, v in arrays.items()})
+            preparation = card.preparation
             detector = cls(
-                metadata["method"],
-                backbone=metadata["backbone"],
+                card.method,
+                backbone=card.backbone,
                 image_size=preparation.image_size,
                 geometry=preparation.geometry,
                 engine=engine,
                 device=device,
-                seed=metadata["training"]["seed"],
-                max_false_reject=metadata["max_false_reject"],
-                guarantee=metadata["guarantee"],
-                **metadata["config"],
+                seed=card.training["seed"],
+                max_false_reject=card.max_false_reject,
+                guarantee=card.guarantee,  # type: ignore[arg-type]
+                **card.config,
             )
-            backbone = create_backbone(detector.backbone, metadata["levels"], weights="random", size=preparation.size)
+            backbone = create_backbone(detector.backbone, card.levels, weights="random", size=preparation.size)
             detector.method_ = detector._method_class(detector.config, backbone, preparation.size)
             detector.method_.load_state(tensors)
             detector.method_.to(detector.device).eval().requires_grad_(False)
             detector.preparation_ = preparation
-            detector.capture_limits_ = CaptureLimits.from_json(metadata["captures"])
-            kept = metadata["calibration"]
+            detector.capture_limits_ = card.captures
             detector.latents_ = latents
-            detector.training_ = metadata["training"]
-            scores, peaks = np.array(kept["scores"], np.float32), np.array(kept["peaks"], np.float32)
-            detector._calibrate(Calibration(scores, peaks, kept["mode"]))
-            json.dumps(detector.settings())  # all that reports need is there
+            detector.training_ = dict(card.training)
+            detector.digest_ = digest
+            assert card.calibration is not None
+            detector._calibrate(card.calibration)
             if len(detector.capture_limits_.centre) not in (0, sum(backbone.channels[i] for i in backbone.medium)):
                 raise ValueError("the captures' embedding has another length than the backbone's")
         except Exception as error:  # what a forged header may break is not to be foreseen
             reason = shorten(str(error), 160)  # PyTorch's spreads over lines and names every tensor
             raise FlawmapError(f"{path} does not fit this flawmap ({reason}): train again") from error
         return detector
-
-
-@dataclass(frozen=True)
-class _Output:
-    """What came of one model input."""
-
-    map: NDArray[np.float32] | None  # (h, w)
-    score: float
-    embedding: NDArray[np.float32]  # (C,)
-    milliseconds: float
-
-
-class _Inspector(nn.Module):
-    """A method with the embedding by which captures of another part are known."""
-
-    def __init__(self, method: Method) -> None:
-        super().__init__()
-        self.method = method
-
-    def forward(self, images: Tensor, inside: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        features = self.method.features(images, inside)
-        anomaly_map, score = self.method.score(features, inside)
-        pooled = torch.cat([features[i].mean((2, 3)) for i in self.method.backbone.medium], 1)
-        return self.method.enlarge(anomaly_map, inside), score, pooled
-
-
-def _pixels(
-    sample: Sample, inspection: Inspection, full_resolution: bool
-) -> tuple[NDArray[np.float32] | None, NDArray[np.bool_] | None, NDArray[np.bool_] | None]:
-    """Map, mask and scored pixels of one test image, all of one size; None where there is none."""
-    maps, placement = inspection.maps, inspection.placement
-    if maps is None or placement is None:
-        return None, None, None
-    mask = None
-    if sample.label == 1 and sample.mask is not None:
-        mask = read_mask(sample.mask, placement.size)
-    if full_resolution or len(maps) > 1:
-        laid = inspection.anomaly_map
-        assert laid is not None
-        inside = ~np.isnan(laid)
-        return np.where(inside, laid, np.float32(0)), mask, None if inside.all() else inside
-    inside = placement.inside()[0]
-    return maps[0], None if mask is None else placement.project(mask)[0], None if inside.all() else inside
-
-
-def labelled_samples(source: str | Path | Dataset, category: str | None) -> tuple[Dataset, list[Sample]]:
-    """A data set and its labelled test images.
-
-    Raises:
-        FlawmapError: there are none.
-    """
-    dataset = source if isinstance(source, Dataset) else find_dataset(Path(source), category)
-    samples = [sample for sample in dataset.test if sample.label is not None]
-    if not samples:
-        raise FlawmapError(
-            f"{dataset.root} holds no labelled test images: give a folder with test/good and test/<defect>"
-        )
-    return dataset, samples
 
 
 def _device(device: str) -> str:
@@ -738,3 +596,8 @@ def source_name(source: str | Path | Dataset | Sequence[str | Path]) -> str:
     if isinstance(source, Dataset):
         return str(source.root)
     return str(source) if isinstance(source, (str, Path)) else "the list"
+
+
+def load_inspector(path: Path, *, engine: str, device: str, threads: int | None) -> Inspector:
+    """What `Inspector.load` gives for a model file."""
+    return Detector.load(path, engine=engine, device=device).inspector(threads=threads)

@@ -12,3 +12,8 @@ class FlawmapError(Exception):
 
 class ImageError(FlawmapError):
     """One image (or mask) that cannot be judged. A run over many images goes on without it."""
+
+
+def lab_is_missing(what: str, error: ModuleNotFoundError) -> FlawmapError:
+    """For what needs the lab where it is not installed."""
+    return FlawmapError(f"{what} needs the lab, and {error.name} is not installed: pip install 'flawmap[train]'")

@@ -14,12 +14,12 @@ from torch import Tensor
 from flawmap.errors import FlawmapError
 from flawmap.files import replacing
 
-FORMAT = 1
+FORMAT = 2
 _KEY = "flawmap"
 
 
-def write_model(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Writes tensors and metadata; equal arguments give equal bytes.
+def write_model(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> str:
+    """Writes tensors and metadata, and returns the digest over both; equal arguments give equal bytes.
 
     `metadata` must be JSON without times, durations or paths. The format's version and a digest over all the rest are
     added.
@@ -34,10 +34,11 @@ def write_model(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
     content["digest"] = _digest(tensors, content)
     with replacing(path) as file:
         file.write(save(tensors, {_KEY: _canonical(content)}))
+    return str(content["digest"])
 
 
-def read_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and metadata of a model file, checked against its digest.
+def read_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
+    """The tensors and metadata of a model file, and the digest over both, by which they were checked.
 
     Raises:
         FlawmapError: the file is missing, is no flawmap model, was cut off or edited, or is of a newer format.
@@ -68,7 +69,7 @@ def read_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         whole = False
     if not whole:
         raise FlawmapError(f"{path} was changed after training (its digest differs): copy it again, or train again")
-    return tensors, content
+    return tensors, content, str(digest)
 
 
 def _canonical(content: Mapping[str, Any]) -> str:

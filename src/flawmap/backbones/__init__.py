@@ -1,7 +1,7 @@
-"""Pretrained feature extractors by timm name, and the engines that run them."""
+"""Pretrained feature extractors by timm name, and how networks get into an engine."""
 
 from flawmap.backbones.catalogue import CATALOGUE, DEFAULT_BACKBONE
-from flawmap.backbones.engines import ENGINES, Engine, check_engine, create_engine
+from flawmap.backbones.tracing import create_engine, moved
 from flawmap.backbones.trunk import (
     Backbone,
     create_backbone,
@@ -16,16 +16,14 @@ from flawmap.backbones.trunk import (
 __all__ = [
     "CATALOGUE",
     "DEFAULT_BACKBONE",
-    "ENGINES",
     "Backbone",
-    "Engine",
-    "check_engine",
     "create_backbone",
     "create_engine",
     "default_deep_levels",
     "default_levels",
     "level_names",
     "levels_at",
+    "moved",
     "summaries",
     "weights_digest",
 ]

@@ -6,6 +6,7 @@ import hashlib
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,10 @@ from torch import Tensor, nn
 
 from flawmap.backbones.catalogue import CATALOGUE, DEFAULT_BACKBONE
 from flawmap.errors import FlawmapError
+
+
+# The maps of a forward pass that is under way, for each thread its own: a module shared by threads keeps none.
+_maps: ContextVar[dict[str, Tensor]] = ContextVar("maps")
 
 
 class _DeepestLevelReached(Exception):
@@ -44,7 +49,6 @@ class Backbone(nn.Module):
         cfg: dict[str, Any] = getattr(network, "pretrained_cfg", {})
         self.mean: tuple[float, ...] = tuple(cfg["mean"])
         self.std: tuple[float, ...] = tuple(cfg["std"])
-        self._maps: dict[str, Tensor] = {}
         modules = dict(network.named_modules())
         unknown = [level for level in self.levels if level not in modules]
         if unknown or not self.levels:
@@ -61,18 +65,21 @@ class Backbone(nn.Module):
         self.reductions = tuple(size[0] / m.shape[2] for m in maps)
 
     def _keep(self, level: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
-        self._maps[level] = output
-        if len(self._maps) == len(self.levels):
+        maps = _maps.get()
+        maps[level] = output
+        if len(maps) == len(self.levels):
             raise _DeepestLevelReached
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """images (B, 3, H, W) float32, normalised -> one map (B, C_l, H_l, W_l) for each level."""
-        self._maps.clear()
-        with suppress(_DeepestLevelReached):
-            self.network(images)
-        maps = [self._as_map(self._maps[level], images) for level in self.levels]
-        self._maps.clear()
-        return maps
+        maps: dict[str, Tensor] = {}
+        reading = _maps.set(maps)
+        try:
+            with suppress(_DeepestLevelReached):
+                self.network(images)
+        finally:
+            _maps.reset(reading)
+        return [self._as_map(maps[level], images) for level in self.levels]
 
     def _as_map(self, output: Tensor, images: Tensor) -> Tensor:
         if output.ndim == 4:

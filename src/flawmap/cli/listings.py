@@ -41,8 +41,8 @@ def doctor_command() -> int:
     import numpy as np
     import torch
 
-    from flawmap.backbones import ENGINES, create_backbone, create_engine
-    from flawmap.backbones.engines import available_engines, cpu_threads
+    from flawmap.backbones import create_backbone, create_engine
+    from flawmap.line.engines import ENGINES, available_engines, cpu_threads
 
     click.echo(f"python {platform.python_version()} on {platform.system()} {platform.machine()}, {cpu_threads()} cores")
     for package in ("flawmap", "torch", "torchvision", "timm", "numpy", "pillow", "onnxruntime", "openvino"):

@@ -66,8 +66,8 @@ class Preparation:
                 )
         return self.geometry.place(size, self.image_size, roi=self.region, alignment=alignment)
 
-    def inputs(self, pixels: NDArray[Any], placement: Placement) -> Iterator[NDArray[np.float32]]:
-        """The model inputs (3, h, w) of the windows of `place`."""
+    def inputs(self, pixels: NDArray[Any], placement: Placement) -> Iterator[NDArray[Any]]:
+        """The model inputs (3, h, w) of the windows of `place`, of `preprocessing.dtype`."""
         if self.geometry.kind == "stretch" and self.template is None:
             yield self.preprocessing(pixels)
             return

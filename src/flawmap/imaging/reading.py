@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +21,9 @@ from flawmap.imaging.preparation import Preparation
 
 BATCH = 8
 
+Source = Path | NDArray[Any]
+"""An image file, or an array as `as_pixels` takes it."""
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -30,6 +35,7 @@ class Picture:
         statistics: of the capture, see `flawmap.imaging.captures`.
         fingerprint: of the whole image, see `flawmap.imaging.fingerprints`; where asked for.
         error: why it could not be read.
+        milliseconds: from its pixels to its windows.
     """
 
     path: Path | None
@@ -37,6 +43,7 @@ class Picture:
     statistics: NDArray[np.float64] | None = None
     fingerprint: NDArray[np.float32] | None = None
     error: ImageError | None = None
+    milliseconds: float = 0.0
 
     @property
     def windows(self) -> int:
@@ -49,21 +56,21 @@ class Batch:
     """Model inputs in the order of the images, whose windows may go on in the next batch.
 
     Attributes:
-        inputs: (N, 3, h, w) float32.
+        inputs: (N, 3, h, w), as `Preparation.inputs` gives them.
         inside: (N, 1, h, w) bool, where they are scored; None where that is everywhere.
         pictures: the images whose last window this batch holds, and those that have none.
     """
 
-    inputs: NDArray[np.float32]
+    inputs: NDArray[Any]
     inside: NDArray[np.bool_] | None
     pictures: list[Picture] = field(default_factory=list)
 
 
 def read_batches(
-    paths: Sequence[Path], prepare: Preparation, *, size: int = BATCH, fingerprints: bool = False
+    sources: Iterable[Source], prepare: Preparation, *, size: int = BATCH, fingerprints: bool = False
 ) -> Iterator[Batch]:
     """Reads images in a thread of its own, two batches ahead. One that cannot be read has an error and no windows."""
-    batches = _batches(paths, prepare, size, fingerprints)
+    batches = pack(sources, prepare, size=size, fingerprints=fingerprints)
     with ThreadPoolExecutor(1) as pool:
         ahead = [pool.submit(next, batches, None) for _ in range(2)]
         try:
@@ -75,28 +82,38 @@ def read_batches(
                 future.cancel()
 
 
-def _batches(paths: Sequence[Path], prepare: Preparation, size: int, fingerprints: bool) -> Iterator[Batch]:
+def pack(
+    sources: Iterable[Source], prepare: Preparation, *, size: int = BATCH, fingerprints: bool = False
+) -> Iterator[Batch]:
+    """As `read_batches`, but each batch is read when it is asked for."""
     batch, filled = _empty(prepare, size), 0
-    for path in paths:
+    for source in sources:
+        path = None if isinstance(source, np.ndarray) else source
+        name = "the array" if path is None else str(path)
         try:
-            pixels = read_image(path)
+            pixels = as_pixels(source) if path is None else read_image(path)
+            start = time.perf_counter()
             statistics = capture_statistics(pixels, prepare.preprocessing.white)
             identifying = fingerprint(pixels, prepare.preprocessing.white) if fingerprints else None
             placement = prepare.place(pixels)
         except ImageError as error:
-            told = error if str(error).startswith(str(path)) else ImageError(f"{path}: {error}")
+            told = error if str(error).startswith(name) else ImageError(f"{name}: {error}")
             batch.pictures.append(Picture(path, error=told))
             continue
         inside = placement.inside() if prepare.masked else None
+        away = 0.0  # while whoever asked for the batch was busy with it
         for i, window in enumerate(prepare.inputs(pixels, placement)):
             if filled == size:
+                left = time.perf_counter()
                 yield batch
+                away += time.perf_counter() - left
                 batch, filled = _empty(prepare, size), 0
             batch.inputs[filled] = window
             if inside is not None and batch.inside is not None:
                 batch.inside[filled, 0] = inside[i]
             filled += 1
-        batch.pictures.append(Picture(path, placement, statistics, identifying))
+        taken = 1000 * (time.perf_counter() - start - away)
+        batch.pictures.append(Picture(path, placement, statistics, identifying, milliseconds=taken))
     batch.inputs = batch.inputs[:filled]
     batch.inside = None if batch.inside is None else batch.inside[:filled]
     if batch.pictures or filled:
@@ -105,4 +122,4 @@ def _batches(paths: Sequence[Path], prepare: Preparation, size: int, fingerprint
 
 def _empty(prepare: Preparation, size: int) -> Batch:
     inside = np.zeros((size, 1, *prepare.size), np.bool_) if prepare.masked else None
-    return Batch(np.empty((size, 3, *prepare.size), np.float32), inside)
+    return Batch(np.empty((size, 3, *prepare.size), prepare.preprocessing.dtype), inside)

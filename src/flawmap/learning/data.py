@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flawmap.backbones import Engine, weights_digest
+from flawmap.backbones import weights_digest
+from flawmap.line.engines import Engine
 from flawmap.datasets.duplicates import duplicate_groups, duplicate_pairs
 from flawmap.errors import FlawmapError, ImageError
 from flawmap.imaging.images import digest, read_image

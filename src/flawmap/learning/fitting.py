@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from flawmap.backbones import Backbone, Engine, create_backbone, create_engine
-from flawmap.backbones.engines import cpu_threads
+from flawmap.backbones import Backbone, create_backbone, create_engine
+from flawmap.line.engines import Engine, cpu_threads
 from flawmap.errors import FlawmapError, ImageError
 from flawmap.imaging.captures import CaptureLimits
 from flawmap.imaging.geometry import Geometry

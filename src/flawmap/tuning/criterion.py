@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from flawmap.backbones import Engine
+from flawmap.line.engines import Engine
 from flawmap.datasets import Dataset, Sample
 from flawmap.detector import labelled_samples
 from flawmap.errors import FlawmapError

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from flawmap.backbones import Engine
+from flawmap.line.engines import Engine
 from flawmap.datasets import Sample
 from flawmap.imaging.images import read_image, read_mask
 from flawmap.imaging.preparation import Preparation

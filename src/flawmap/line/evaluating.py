@@ -1,0 +1,99 @@
+"""From a labelled data set to the figures of an inspector."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flawmap.datasets import Dataset, Sample, find_dataset
+from flawmap.errors import FlawmapError
+from flawmap.imaging.masks import read_mask
+from flawmap.judging.evaluation import EvaluationReport, Scored, evaluate
+from flawmap.judging.inspection import Inspection
+from flawmap.line.inspector import Inspector
+
+
+def evaluate_inspector(
+    inspector: Inspector,
+    source: str | Path | Dataset,
+    *,
+    category: str | None = None,
+    full_resolution: bool = False,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> EvaluationReport:
+    """Figures on the test images of a labelled data set, at the inspector's threshold.
+
+    Pixel figures are taken at the model's input size, masks resized nearest; or on the original pixels, with
+    `full_resolution` and for tiles. What lies outside the region of interest counts nowhere.
+
+    Raises:
+        FlawmapError: there are no labelled test images.
+    """
+    dataset, samples = labelled_samples(source, category)
+    settings = {
+        **inspector.settings(),
+        "engine": inspector.engine.name,
+        "full_resolution": full_resolution,
+        "data": dataset.name,
+    }
+    return evaluate(_scored(inspector, samples, full_resolution, progress), settings)
+
+
+def labelled_samples(source: str | Path | Dataset, category: str | None) -> tuple[Dataset, list[Sample]]:
+    """A data set and its labelled test images.
+
+    Raises:
+        FlawmapError: there are none.
+    """
+    dataset = source if isinstance(source, Dataset) else find_dataset(Path(source), category)
+    samples = [sample for sample in dataset.test if sample.label is not None]
+    if not samples:
+        raise FlawmapError(
+            f"{dataset.root} holds no labelled test images: give a folder with test/good and test/<defect>"
+        )
+    return dataset, samples
+
+
+def _scored(
+    inspector: Inspector, samples: list[Sample], full_resolution: bool, progress: Callable[[str, int, int], None]
+) -> Iterator[Scored]:
+    inspections = inspector.stream(sample.path for sample in samples)
+    for number, (sample, inspection) in enumerate(zip(samples, inspections, strict=True), start=1):
+        assert inspection.verdict is not None
+        anomaly_map, mask, inside = _pixels(sample, inspection, full_resolution)
+        yield Scored(
+            sample.kind,
+            sample.label == 1,
+            inspection.score,
+            inspection.verdict,
+            anomaly_map,
+            mask,
+            inspection.milliseconds,
+            inspection.error,
+            sample.path,
+            inspection.p_value,
+            inside,
+        )
+        progress("evaluation", number, len(samples))
+
+
+def _pixels(
+    sample: Sample, inspection: Inspection, full_resolution: bool
+) -> tuple[NDArray[np.float32] | None, NDArray[np.bool_] | None, NDArray[np.bool_] | None]:
+    """Map, mask and scored pixels of one test image, all of one size; None where there is none."""
+    maps, placement = inspection.maps, inspection.placement
+    if maps is None or placement is None:
+        return None, None, None
+    mask = None
+    if sample.label == 1 and sample.mask is not None:
+        mask = read_mask(sample.mask, placement.size)
+    if full_resolution or len(maps) > 1:
+        laid = inspection.anomaly_map
+        assert laid is not None
+        inside = ~np.isnan(laid)
+        return np.where(inside, laid, np.float32(0)), mask, None if inside.all() else inside
+    inside = placement.inside()[0]
+    return maps[0], None if mask is None else placement.project(mask)[0], None if inside.all() else inside

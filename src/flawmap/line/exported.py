@@ -1,0 +1,189 @@
+"""An exported model: one ONNX file whose metadata says all that inspection needs. Needs no onnx package.
+
+An ONNX file is a protobuf message. Its metadata is one field of it, which stands last here: what lies before is the
+graph, over which, and over the metadata, goes a digest.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flawmap.errors import FlawmapError
+
+FORMAT = 1
+LIMIT = 2**31 - 1
+"""Bytes that a protobuf message, and so an ONNX file, may have."""
+
+_KEY = "flawmap"
+# Field numbers of ModelProto, GraphProto, TensorProto, OperatorSetIdProto and StringStringEntryProto.
+_GRAPH, _OPSETS, _METADATA = 7, 8, 14
+_INITIALIZERS, _DATA_LOCATION = 5, 14
+_KNOWN_DOMAINS = (b"", b"ai.onnx", b"com.microsoft")  # the last has what quantised graphs need
+_MOST_ARRAY = 64 << 20
+
+
+def with_metadata(graph: bytes, content: Mapping[str, Any]) -> bytes:
+    """An ONNX model with `content`, JSON without times, durations or paths. Equal arguments give equal bytes."""
+    content = {**content, "format": FORMAT}
+    content["digest"] = _digest(graph, content)
+    entry = _field(1, _KEY.encode()) + _field(2, _canonical(content).encode())
+    return graph + _field(_METADATA, entry)
+
+
+def read_exported(path: Path) -> tuple[bytes, dict[str, Any]]:
+    """The model and its metadata, checked against its digest.
+
+    Raises:
+        FlawmapError: the file is missing, is no exported flawmap model, was cut off or edited, is of a newer format,
+            or holds operators of others or data outside itself.
+    """
+    if not path.is_file():
+        raise FlawmapError(f"model file {path} does not exist: make one with `flawmap export MODEL -o {path}`")
+    try:
+        whole = path.read_bytes()
+    except OSError as error:
+        raise FlawmapError(f"model file {path} cannot be read ({error.strerror}): check its permissions") from error
+    if len(whole) > LIMIT:
+        raise FlawmapError(f"{path} is larger than an ONNX file can be: export it again")
+    try:
+        fields = list(_fields(memoryview(whole)))
+        graphs = [value for number, value, _ in fields if number == _GRAPH]
+        if len(graphs) != 1:
+            raise ValueError("it holds no graph")
+    except (ValueError, IndexError) as error:
+        raise FlawmapError(f"{path} is not a whole ONNX file ({error}): copy it again, or export again") from error
+    number, entry, start = fields[-1]
+    try:
+        pair = {key: bytes(value) for key, value, _ in _fields(entry)}
+        if number != _METADATA or pair[1] != _KEY.encode():
+            raise KeyError(_KEY)
+        content = json.loads(pair[2])
+        version, digest = content["format"], content.pop("digest")
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise FlawmapError(f"{path} was not made by flawmap: make one with `flawmap export MODEL -o FILE`") from error
+    if version != FORMAT:
+        raise FlawmapError(f"{path} has format {version}, this flawmap reads {FORMAT}: upgrade flawmap, or export again")
+    graph = whole[:start]
+    try:
+        intact = digest == _digest(graph, content)
+    except ValueError:  # a number that is not finite, which is never written
+        intact = False
+    if not intact:
+        raise FlawmapError(f"{path} was changed after its export (its digest differs): copy it again, or export again")
+    domains = {dict(_pairs(value)).get(1, b"") for number, value, _ in fields if number == _OPSETS}
+    if unknown := domains.difference(_KNOWN_DOMAINS):
+        raise FlawmapError(f"{path} needs operators of {min(unknown)!r}, which are not run: export it again")
+    if any(_DATA_LOCATION in dict(_pairs(tensor)) for number, tensor, _ in _fields(graphs[0]) if number == _INITIALIZERS):
+        raise FlawmapError(f"{path} refers to data outside itself, which is not read: export it again")
+    return graph, content
+
+
+def arrays_to_json(arrays: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
+    """Arrays of a few kinds as plain JSON types."""
+    return {
+        name: {
+            "type": array.dtype.name,
+            "shape": list(array.shape),
+            "zlib": base64.b64encode(zlib.compress(np.ascontiguousarray(array).tobytes(), 9)).decode(),
+        }
+        for name, array in sorted(arrays.items())
+    }
+
+
+def arrays_from_json(content: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+    """Undoes `arrays_to_json`.
+
+    Raises:
+        KeyError, TypeError, ValueError: a value is missing, of another kind, or too large.
+    """
+    arrays = {}
+    for name, kept in content.items():
+        if kept["type"] not in ("uint8", "bool", "float16", "float32"):
+            raise ValueError(f"{name} holds values of type {kept['type']}")
+        inflate = zlib.decompressobj()
+        try:
+            data = inflate.decompress(base64.b64decode(kept["zlib"], validate=True), _MOST_ARRAY)
+        except zlib.error as error:
+            raise ValueError(f"{name} cannot be unpacked ({error})") from error
+        if not inflate.eof:
+            raise ValueError(f"{name} is larger than {_MOST_ARRAY} bytes")
+        arrays[name] = np.frombuffer(data, kept["type"]).reshape(kept["shape"])
+    return arrays
+
+
+def _canonical(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _digest(graph: bytes, content: Mapping[str, Any]) -> str:
+    sha = hashlib.sha256(_canonical(content).encode())
+    sha.update(graph)
+    return sha.hexdigest()
+
+
+# Protobuf: each field is its number and kind as one varint, then its value.
+
+
+def _field(number: int, value: bytes) -> bytes:
+    return _varint(number << 3 | 2) + _varint(len(value)) + value
+
+
+def _varint(value: int) -> bytes:
+    parts = []
+    while value > 127:
+        parts.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*parts, value])
+
+
+def _fields(message: memoryview | bytes) -> Iterator[tuple[int, memoryview, int]]:
+    """The fields of a message: number, value (the bytes themselves of a number), and where the field starts.
+
+    Raises:
+        ValueError, IndexError: it is cut off or no protobuf message.
+    """
+    message, at = memoryview(message), 0
+    while at < len(message):
+        start = at
+        key, at = _read_varint(message, at)
+        kind = key & 7
+        if kind == 0:
+            end = _read_varint(message, at)[1]
+        elif kind == 2:
+            length, at = _read_varint(message, at)
+            end = at + length
+        elif kind in (1, 5):
+            end = at + (8 if kind == 1 else 4)
+        else:
+            raise ValueError("it is no protobuf message")
+        if end > len(message):
+            raise ValueError("it is cut off")
+        yield key >> 3, message[at:end], start
+        at = end
+
+
+def _pairs(message: memoryview) -> Iterator[tuple[int, bytes]]:
+    """The short fields of a message; long ones without their value."""
+    for number, value, _ in _fields(message):
+        yield number, bytes(value) if len(value) < 1024 else b""
+
+
+def _read_varint(message: memoryview, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = message[at]
+        value |= (byte & 127) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 128:
+            return value, at
+        if shift > 63:
+            raise ValueError("it is no protobuf message")

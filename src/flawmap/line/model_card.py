@@ -1,0 +1,98 @@
+"""What a model file says of its model beside the network: how images are prepared, judged and what was learnt from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flawmap.imaging.captures import CaptureLimits
+from flawmap.imaging.preparation import Preparation
+from flawmap.judging.calibration import GUARANTEES, Calibration, Threshold
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """All that inspection needs to know.
+
+    Attributes:
+        method, config: the method's name and its settings.
+        backbone, backbone_digest, levels: the pretrained network and which of its levels are read.
+        preparation: what is done to images first.
+        captures: what a capture must be like to be judged.
+        calibration: scores of good images; None after a setting was moved, until they are scored anew.
+        max_false_reject, guarantee: what the threshold is to keep.
+        training: what it was fitted on: number of images, their digests, seed, engine, libraries.
+        localises: whether the method has a map.
+    """
+
+    method: str
+    config: Mapping[str, Any]
+    backbone: str
+    backbone_digest: str
+    levels: tuple[str, ...]
+    preparation: Preparation
+    captures: CaptureLimits
+    calibration: Calibration | None
+    max_false_reject: float
+    guarantee: str
+    training: Mapping[str, Any]
+    localises: bool
+
+    def threshold(self) -> Threshold | None:
+        """The threshold that keeps the rate asked for in training."""
+        return None if self.calibration is None else self.calibration.threshold(self.max_false_reject, self.guarantee)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types; `preparation.arrays()` holds the rest."""
+        assert self.calibration is not None
+        return {
+            "method": self.method,
+            "config": dict(self.config),
+            "backbone": self.backbone,
+            "backbone_digest": self.backbone_digest,
+            "levels": list(self.levels),
+            "preparation": self.preparation.to_json(),
+            "captures": self.captures.to_json(),
+            "calibration": {
+                "mode": self.calibration.mode,
+                "scores": self.calibration.scores.tolist(),
+                "peaks": self.calibration.peaks.tolist(),
+            },
+            "max_false_reject": self.max_false_reject,
+            "guarantee": self.guarantee,
+            "training": dict(self.training),
+            "localises": self.localises,
+        }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> ModelCard:
+        """Undoes `to_json`.
+
+        Raises:
+            FlawmapError, KeyError, TypeError, ValueError: a value is missing or cannot be used.
+        """
+        kept = content["calibration"]
+        scores, peaks = np.array(kept["scores"], np.float32), np.array(kept["peaks"], np.float32)
+        if content["guarantee"] not in GUARANTEES or not 0 < float(content["max_false_reject"]) < 1:
+            raise ValueError("the false-reject rate or its guarantee is unknown")
+        training = content["training"]
+        if not {"images", "seed", "engine"} <= training.keys():
+            raise KeyError("training")
+        return cls(
+            str(content["method"]),
+            dict(content["config"]),
+            str(content["backbone"]),
+            str(content["backbone_digest"]),
+            tuple(map(str, content["levels"])),
+            Preparation.from_json(content["preparation"], arrays),
+            CaptureLimits.from_json(content["captures"]),
+            Calibration(scores, peaks, kept["mode"]),
+            float(content["max_false_reject"]),
+            content["guarantee"],
+            dict(training),
+            bool(content["localises"]),
+        )
