@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from flawmap import Detector
-from flawmap.imaging.images import read_image
+from flawmap.imaging.decoding import read_image
 
 PLACES = ((0.25, 0.3), (0.7, 0.65))  # (row, column) over the image
 

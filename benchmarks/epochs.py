@@ -18,8 +18,9 @@ from pathlib import Path
 from flawmap import find_dataset
 from flawmap.backbones import create_backbone, create_engine
 from flawmap.datasets.drawn import draw_dataset
-from flawmap.imaging.images import Preprocessing, infer_white
+from flawmap.imaging.decoding import infer_white
 from flawmap.imaging.preparation import Preparation
+from flawmap.imaging.preprocessing import Preprocessing
 from flawmap.learning.data import TrainingData
 from flawmap.learning.loop import train
 from flawmap.learning.views import Views

@@ -1,4 +1,4 @@
-"""flawmap.imaging.images against arrays whose values are known, torchvision, torch and hashlib."""
+"""Decoding, masks, arrays and preprocessing against values that are known, torchvision, torch and hashlib."""
 
 from __future__ import annotations
 
@@ -26,19 +26,12 @@ from scipy import ndimage
 from torchvision.io import ImageReadMode, decode_image
 
 from flawmap.errors import FlawmapError, ImageError
-from flawmap.imaging import images
-from flawmap.imaging.images import (
-    Preprocessing,
-    as_pixels,
-    digest,
-    find_images,
-    image_size,
-    infer_white,
-    lay_back,
-    read_image,
-    read_mask,
-    resize_mask,
-)
+from flawmap.imaging import decoding
+from flawmap.imaging.arrays import as_pixels
+from flawmap.imaging.decoding import image_size, infer_white, read_image
+from flawmap.imaging.image_files import digest, find_images
+from flawmap.imaging.masks import read_mask, resize_mask
+from flawmap.imaging.preprocessing import Preprocessing, lay_back
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -366,7 +359,7 @@ def test_a_large_picture_is_read_without_pillows_warning(tmp_path: Path) -> None
     path = tmp_path / "line scan.tif"
     Image.new("1", (9_500, 9_500), 1).save(path, compression="group4")
     assert Image.MAX_IMAGE_PIXELS is not None
-    assert Image.MAX_IMAGE_PIXELS < 9_500 * 9_500 < images.PIXEL_LIMIT
+    assert Image.MAX_IMAGE_PIXELS < 9_500 * 9_500 < decoding.PIXEL_LIMIT
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         before = list(warnings.filters)
@@ -666,7 +659,7 @@ def test_infer_white(tmp_path: Path, largest: int, white: int, monkeypatch: pyte
         read.append(path.name)
         return read_image(path)
 
-    monkeypatch.setattr(images, "read_image", count)
+    monkeypatch.setattr(decoding, "read_image", count)
     assert infer_white(find_images(tmp_path)) == white
     assert read == ["a.png", "b.tif"]
     assert infer_white([tmp_path / "c.png", tmp_path / "d.png"]) == 65535

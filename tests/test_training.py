@@ -10,8 +10,8 @@ from torch import nn
 
 from flawmap import FlawmapError, ImageError
 from flawmap.backbones import create_backbone, create_engine
-from flawmap.imaging.images import Preprocessing
 from flawmap.imaging.preparation import Preparation
+from flawmap.imaging.preprocessing import Preprocessing
 from flawmap.imaging.reading import read_batches
 from flawmap.learning.data import TrainingData
 from flawmap.learning.feature_cache import FeatureCache

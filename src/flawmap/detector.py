@@ -22,9 +22,11 @@ from torch import Tensor, nn
 from flawmap.backbones import DEFAULT_BACKBONE, Engine, check_engine, create_backbone, create_engine
 from flawmap.datasets import Dataset, Sample, find_dataset
 from flawmap.errors import FlawmapError, ImageError
+from flawmap.imaging.arrays import as_pixels
 from flawmap.imaging.captures import CaptureLimits, capture_statistics
 from flawmap.imaging.geometry import Geometry
-from flawmap.imaging.images import as_pixels, find_images, read_mask
+from flawmap.imaging.image_files import find_images
+from flawmap.imaging.masks import read_mask
 from flawmap.imaging.preparation import Preparation, read_region, read_template
 from flawmap.imaging.reading import BATCH, Batch, Picture, read_batches
 from flawmap.judging.calibration import Calibration, Threshold

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from flawmap.errors import ImageError
 from flawmap.imaging.captures import capture_statistics
+from flawmap.imaging.decoding import read_image
 from flawmap.imaging.fingerprints import fingerprint
 from flawmap.imaging.geometry import Placement
-from flawmap.imaging.images import read_image
 from flawmap.imaging.preparation import Preparation
 
 BATCH = 8

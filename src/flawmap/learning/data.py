@@ -16,7 +16,8 @@ from torch import Tensor
 from flawmap.backbones import Engine, weights_digest
 from flawmap.datasets.duplicates import duplicate_groups, duplicate_pairs
 from flawmap.errors import FlawmapError, ImageError
-from flawmap.imaging.images import digest, read_image
+from flawmap.imaging.decoding import read_image
+from flawmap.imaging.image_files import digest
 from flawmap.imaging.preparation import Preparation
 from flawmap.imaging.reading import BATCH, Picture, read_batches
 from flawmap.learning.feature_cache import FeatureCache

@@ -18,9 +18,10 @@ from flawmap.backbones import Backbone, Engine, create_backbone, create_engine
 from flawmap.backbones.engines import cpu_threads
 from flawmap.errors import FlawmapError, ImageError
 from flawmap.imaging.captures import CaptureLimits
+from flawmap.imaging.decoding import infer_white
 from flawmap.imaging.geometry import Geometry
-from flawmap.imaging.images import Preprocessing, infer_white
 from flawmap.imaging.preparation import LOWEST_QUALITY, Preparation
+from flawmap.imaging.preprocessing import Preprocessing
 from flawmap.imaging.registration import Template
 from flawmap.judging.calibration import Calibration
 from flawmap.learning.data import Announce, Progress, TrainingData, silent

@@ -21,7 +21,9 @@ from PIL import Image
 from flawmap.datasets import Dataset
 from flawmap.errors import FlawmapError, ImageError
 from flawmap.files import claim_folder, unwritable, write_png
-from flawmap.imaging.images import find_images, infer_white, read_image, read_mask, resize_mask
+from flawmap.imaging.decoding import infer_white, read_image
+from flawmap.imaging.image_files import find_images
+from flawmap.imaging.masks import read_mask, resize_mask
 from flawmap.synthesis.contact_sheet import contact_sheet
 from flawmap.synthesis.defects import Defect, generator, synthesize
 from flawmap.synthesis.foreground import Foreground, find_foreground, looked_at

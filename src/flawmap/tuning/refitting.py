@@ -17,8 +17,8 @@ from flawmap.datasets import Dataset, Sample
 from flawmap.datasets.duplicates import duplicate_groups, duplicate_pairs
 from flawmap.detector import Detector, source_name, training_paths
 from flawmap.errors import FlawmapError, ImageError
+from flawmap.imaging.decoding import infer_white, read_image
 from flawmap.imaging.fingerprints import fingerprint
-from flawmap.imaging.images import infer_white, read_image
 from flawmap.learning.data import Announce, Progress, quiet, silent
 from flawmap.learning.good_scores import calibration_images
 from flawmap.learning.workspace import refuse_interrupted

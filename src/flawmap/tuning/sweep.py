@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from flawmap.backbones import Engine
 from flawmap.datasets import Sample
-from flawmap.imaging.images import read_image, read_mask
+from flawmap.imaging.decoding import read_image
+from flawmap.imaging.masks import read_mask
 from flawmap.imaging.preparation import Preparation
 from flawmap.learning.data import COLLECTED, Progress, batches, on_device, quiet
 from flawmap.learning.feature_cache import FeatureCache
