@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from flawmap import Detector
-from flawmap.imaging.images import read_image
+from flawmap.imaging.decoding import read_image
 
 PLACES = ((0.25, 0.3), (0.7, 0.65))  # (row, column) over the image
 
@@ -47,7 +47,7 @@ def draw(detector: Detector, paths: list[Path], strength: float, output: Path) -
     figure = Figure(figsize=(2.4 * columns, 2.6 * len(paths)), layout="constrained")
     axes = figure.subplots(len(paths), columns, squeeze=False)
     for row, path in zip(axes, paths, strict=True):
-        inputs = detector.preparation_.preprocessing(read_image(path))
+        inputs = detector.preparation_.preprocessing.normalised(detector.preparation_.preprocessing(read_image(path)))
         with torch.no_grad():
             features = method.features(torch.from_numpy(inputs)[None])
         disturbances = method.disturbed(features, PLACES, strength=strength)

@@ -16,8 +16,8 @@ from pathlib import Path
 from statistics import median
 
 from flawmap.backbones import create_backbone, create_engine  # before NumPy and PyTorch, for how they wait
-from flawmap.imaging.images import Preprocessing
 from flawmap.imaging.preparation import Preparation
+from flawmap.imaging.preprocessing import Preprocessing
 from flawmap.imaging.reading import read_batches
 from flawmap.neighbours import k_center_greedy
 

@@ -18,8 +18,9 @@ from pathlib import Path
 from flawmap import find_dataset
 from flawmap.backbones import create_backbone, create_engine
 from flawmap.datasets.drawn import draw_dataset
-from flawmap.imaging.images import Preprocessing, infer_white
+from flawmap.imaging.decoding import infer_white
 from flawmap.imaging.preparation import Preparation
+from flawmap.imaging.preprocessing import Preprocessing
 from flawmap.learning.data import TrainingData
 from flawmap.learning.loop import train
 from flawmap.learning.views import Views
@@ -47,7 +48,7 @@ def measure(name: str, paths: list[Path], size: tuple[int, int]) -> None:
     kind = method_class(name)
     config = kind.resolved(configure(kind, {}), "tf_efficientnet_lite0")
     backbone = create_backbone(levels=kind.levels(config), size=size)
-    preprocessing = Preprocessing(size, tuple(backbone.mean), tuple(backbone.std), infer_white(paths))
+    preprocessing = Preprocessing(size, tuple(backbone.mean), tuple(backbone.std), infer_white(paths) or 65535)
     views = Views(*kind.views(config))
     engine = create_engine(kind.extractor(config, backbone, size), size)
     start = time.perf_counter()

@@ -47,7 +47,7 @@ def inspection(detector: Detector, rounds: int) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
     detector.predict(pixels)  # creates the engine
     engine = create_engine(detector.method_.backbone, detector.image_size, detector.engine)
-    images = detector.preparation_.preprocessing(pixels)[None]
+    images = detector.preparation_.preprocessing.normalised(detector.preparation_.preprocessing(pixels))[None]
 
     def inspect() -> None:
         found = detector.predict(pixels)

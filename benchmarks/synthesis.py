@@ -18,7 +18,7 @@ from pathlib import Path
 
 from flawmap.datasets import find_dataset
 from flawmap.datasets.drawn import draw_dataset
-from flawmap.imaging.images import read_image
+from flawmap.imaging.decoding import read_image
 from flawmap.synthesis import CLS_CNF, DEFAULTS, DRAEM, POUTA, find_foreground, generator, synthesize
 
 SETTINGS = {"default": DEFAULTS, "cls_cnf": CLS_CNF, "draem": DRAEM, "pouta": POUTA}

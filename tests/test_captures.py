@@ -14,7 +14,8 @@ from flawmap.datasets import find_dataset
 from flawmap.datasets.drawn import draw_dataset
 from flawmap.errors import FlawmapError
 from flawmap.imaging.captures import STATISTICS, CaptureLimits, capture_statistics
-from flawmap.imaging.images import Preprocessing, read_image
+from flawmap.imaging.decoding import read_image
+from flawmap.imaging.preprocessing import Preprocessing
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 KINDS = ("screws", "fabric", "boards")

@@ -7,8 +7,8 @@ import torch
 from flawmap import FlawmapError
 from flawmap.backbones import create_backbone, create_engine
 from flawmap.datasets import find_dataset
-from flawmap.imaging.images import Preprocessing
 from flawmap.imaging.preparation import Preparation
+from flawmap.imaging.preprocessing import Preprocessing
 from flawmap.learning.data import TrainingData
 from flawmap.learning.defective import DefectiveBatches
 from flawmap.methods import SyntheticDefects

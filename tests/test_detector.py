@@ -115,10 +115,10 @@ def test_16_bit_parts(drawn, tmp_path):
     assert detector.predict(array).score == pytest.approx(detector.predict(good / "000.png").score, rel=1e-6)
     eight = np.asarray(Image.open(grey_folder / "000.png"))
     assert detector.preparation_.preprocessing.white == 65535
+    deep, shallow = detector.preparation_.preprocessing, usual.preparation_.preprocessing
+    assert (deep.deep, shallow.deep) == (True, False)
     step = 1 / 255 / 0.5  # the weights expect a standard deviation of 0.5
-    np.testing.assert_allclose(
-        detector.preparation_.preprocessing(array), usual.preparation_.preprocessing(eight), atol=step
-    )
+    np.testing.assert_allclose(deep.normalised(deep(array)), shallow.normalised(shallow(eight)), atol=step)
 
 
 def test_a_folder_is_inspected_in_the_order_of_its_names(detector, drawn, tmp_path):

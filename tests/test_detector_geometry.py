@@ -8,10 +8,10 @@ from sklearn.metrics import roc_auc_score
 
 from flawmap import Detector, ImageError
 from flawmap.backbones import create_backbone
-from flawmap.line.engines import available_engines
 from flawmap.datasets.drawn import draw_part
 from flawmap.imaging.geometry import Geometry
 from flawmap.imaging.preparation import read_region
+from flawmap.line.engines import available_engines
 from flawmap.methods import method_class
 from flawmap.methods.blocks.smoothing import on_grid
 

@@ -12,8 +12,8 @@ from sklearn.decomposition import PCA
 from feature_maps import LEVELS, SIZE, small_trunk
 from flawmap import Detector, FlawmapError
 from flawmap.backbones import create_backbone
-from flawmap.backbones.tracing import to_onnx
 from flawmap.backbones.pyramid import Pyramid, turned
+from flawmap.backbones.tracing import to_onnx
 from flawmap.methods import Collect, Optimise, configure
 from flawmap.methods.differnet import DifferNet, DifferNetConfig, flow
 

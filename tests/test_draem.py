@@ -97,7 +97,9 @@ def test_a_share_of_the_images_is_turned():
 def test_onnxruntime_agrees_at_any_batch_size(method):
     method.network.train()(torch.rand(4, 3, 64, 64))  # running statistics that are not those of the start
     method.eval()
-    session = onnxruntime.InferenceSession(to_onnx(method, (64, 64), masked=True)[0], providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        to_onnx(method, (64, 64), masked=True)[0], providers=["CPUExecutionProvider"]
+    )
     images = batch(3)[0]
     inside = torch.ones(3, 1, 64, 64)
     inside[1, :, :, :20] = 0

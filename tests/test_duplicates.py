@@ -10,8 +10,8 @@ from PIL import Image
 from flawmap.datasets import find_dataset
 from flawmap.datasets.drawn import draw_dataset
 from flawmap.datasets.duplicates import duplicate_groups, duplicate_pairs
+from flawmap.imaging.decoding import read_image
 from flawmap.imaging.fingerprints import SIDE, fingerprint
-from flawmap.imaging.images import read_image
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 KINDS = ("screws", "fabric", "boards")

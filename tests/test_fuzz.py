@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from flawmap import Detector, FlawmapError
-from flawmap.imaging.images import read_image
+from flawmap.imaging.decoding import read_image
 from flawmap.model_file import read_model, write_model
 
 TIMES = int(os.environ.get("FLAWMAP_FUZZ_TIMES", "1"))

@@ -1,4 +1,4 @@
-"""Windows and maps against Pillow, torchvision, torch, imaging.images and functions whose values are known."""
+"""Windows and maps against Pillow, torchvision, torch, imaging.preprocessing and functions whose values are known."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from flawmap.errors import FlawmapError, ImageError
-from flawmap.imaging import images
+from flawmap.imaging import preprocessing
 from flawmap.imaging.geometry import MOST_TILES, Geometry, Placement, Window, resize_window
+from flawmap.imaging.masks import resize_mask
 
 RNG = np.random.default_rng(3)
 SIZES = [(1, 1), (37, 80), (80, 37), (64, 64), (300, 211), (50, 512)]
@@ -74,7 +75,7 @@ def test_stretch_is_preprocessings_resize_to_the_byte(size: tuple[int, int], pix
     assert found.dtype == expected.dtype
     assert found.tobytes() == expected.tobytes()
     if pixels == "colour":
-        preprocess = images.Preprocessing((64, 48), (0, 0, 0), (1, 1, 1))
+        preprocess = preprocessing.Preprocessing((64, 48), (0, 0, 0), (1, 1, 1))
         np.testing.assert_allclose(found.transpose(2, 0, 1) / 255, preprocess(image), atol=1e-6)
 
 
@@ -82,9 +83,9 @@ def test_stretch_is_preprocessings_resize_to_the_byte(size: tuple[int, int], pix
 def test_stretch_lays_back_and_projects_as_images_does(size: tuple[int, int]) -> None:
     placement = Geometry().place(size, (64, 48))
     anomaly_map = RNG.normal(size=(64, 48)).astype(np.float32)
-    np.testing.assert_array_equal(placement.lay_back([anomaly_map]), images.lay_back(anomaly_map, size))
+    np.testing.assert_array_equal(placement.lay_back([anomaly_map]), preprocessing.lay_back(anomaly_map, size))
     mask = RNG.random(size) < 0.3
-    np.testing.assert_array_equal(placement.project(mask)[0], images.resize_mask(mask, (64, 48)))
+    np.testing.assert_array_equal(placement.project(mask)[0], resize_mask(mask, (64, 48)))
     assert placement.inside().all()
 
 
@@ -309,7 +310,7 @@ def test_masks_and_regions_are_those_of_the_pixel_under_each_centre(
 ) -> None:
     geometry, size, image_size = case
     rng = np.random.default_rng(seed)
-    mask = images.resize_mask(rng.random((6, 6)) < 0.5, size)
+    mask = resize_mask(rng.random((6, 6)) < 0.5, size)
     placement = geometry.place(size, image_size)
     projected, inside = placement.project(mask), placement.inside()
     height, width = placement.input_size
@@ -332,7 +333,7 @@ def test_nothing_outside_the_region_is_scored_or_read(
 ) -> None:
     geometry, size, image_size = case
     rng = np.random.default_rng(seed)
-    roi = images.resize_mask(rng.random((3, 4)) < 0.5, size)
+    roi = resize_mask(rng.random((3, 4)) < 0.5, size)
     if not roi.any():
         with pytest.raises(FlawmapError, match="no pixel"):
             geometry.place(size, image_size, roi=roi)
@@ -353,7 +354,7 @@ def test_nothing_outside_the_region_is_scored_or_read(
     assert (scored >= maps[inside].min() - 1e-4).all()
     assert (scored <= maps[inside].max() + 1e-4).all()
     if geometry.kind == "stretch" and min(size[0] / image_size[0], size[1] / image_size[1]) >= 1:
-        under = images.resize_mask(inside[0], size)
+        under = resize_mask(inside[0], size)
         assert not np.isnan(laid[under & roi]).any()
 
 

@@ -1,4 +1,4 @@
-"""flawmap.imaging.images against arrays whose values are known, torchvision, torch and hashlib."""
+"""Decoding, masks, arrays and preprocessing against values that are known, torchvision, torch and hashlib."""
 
 from __future__ import annotations
 
@@ -26,19 +26,12 @@ from scipy import ndimage
 from torchvision.io import ImageReadMode, decode_image
 
 from flawmap.errors import FlawmapError, ImageError
-from flawmap.imaging import images
-from flawmap.imaging.images import (
-    Preprocessing,
-    as_pixels,
-    digest,
-    find_images,
-    image_size,
-    infer_white,
-    lay_back,
-    read_image,
-    read_mask,
-    resize_mask,
-)
+from flawmap.imaging import decoding
+from flawmap.imaging.arrays import as_pixels
+from flawmap.imaging.decoding import image_size, infer_white, read_image
+from flawmap.imaging.image_files import digest, find_images
+from flawmap.imaging.masks import read_mask, resize_mask
+from flawmap.imaging.preprocessing import Preprocessing, lay_back
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -366,7 +359,7 @@ def test_a_large_picture_is_read_without_pillows_warning(tmp_path: Path) -> None
     path = tmp_path / "line scan.tif"
     Image.new("1", (9_500, 9_500), 1).save(path, compression="group4")
     assert Image.MAX_IMAGE_PIXELS is not None
-    assert Image.MAX_IMAGE_PIXELS < 9_500 * 9_500 < images.PIXEL_LIMIT
+    assert Image.MAX_IMAGE_PIXELS < 9_500 * 9_500 < decoding.PIXEL_LIMIT
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         before = list(warnings.filters)
@@ -570,23 +563,30 @@ def test_preprocessing_is_torchvisions(size: tuple[int, int], shape: tuple[int, 
     pixels = np.random.default_rng(1).integers(0, 256, (*shape, 3), np.uint8)
     resized = TF.resize(Image.fromarray(pixels), list(size), TF.InterpolationMode.BILINEAR)
     expected = TF.normalize(TF.to_tensor(resized), list(MEAN), list(STD)).numpy()
-    got = Preprocessing(size, MEAN, STD)(pixels)
+    preprocess = Preprocessing(size, MEAN, STD)
+    inputs = preprocess(pixels)
+    assert inputs.flags.c_contiguous
+    np.testing.assert_array_equal(inputs, np.asarray(resized).transpose(2, 0, 1))
+    got = preprocess.normalised(inputs)
     assert got.dtype == np.float32
-    assert got.flags.c_contiguous
     np.testing.assert_allclose(got, expected, atol=1e-6)
+    deep = Preprocessing(size, MEAN, STD, deep=True)
+    np.testing.assert_allclose(deep.normalised(deep(pixels)), expected, atol=0.5 / 255 / min(STD) + 1e-5)  # not rounded
 
 
 @pytest.mark.parametrize("pixels", [GREY, DEEP, (GREY / 255).astype(np.float32)])
 def test_grey_gives_what_three_equal_channels_give(pixels: NDArray[Any]) -> None:
-    preprocess = Preprocessing((9, 4), MEAN, STD)
-    np.testing.assert_array_equal(preprocess(pixels), preprocess(np.dstack([pixels] * 3)))
+    for deep in (False, True):
+        preprocess = Preprocessing((9, 4), MEAN, STD, deep=deep)
+        np.testing.assert_array_equal(preprocess(pixels), preprocess(np.dstack([pixels] * 3)))
 
 
 def test_floats_are_resized_as_torch_resizes() -> None:
     pixels = np.random.default_rng(2).random((250, 350)).astype(np.float32)
     for size in [(224, 224), (300, 400)]:
         resized = F.interpolate(torch.from_numpy(pixels)[None, None], size, mode="bilinear", antialias=True)
-        got = Preprocessing(size, (0.5, 0.4, 0.3), (0.5, 0.25, 1.0))(pixels)
+        preprocess = Preprocessing(size, (0.5, 0.4, 0.3), (0.5, 0.25, 1.0), deep=True)
+        got = preprocess.normalised(preprocess(pixels))
         for channel, (mean, std) in enumerate([(0.5, 0.5), (0.4, 0.25), (0.3, 1.0)]):
             # torch computes its filter's weights in float32, Pillow in float64
             np.testing.assert_allclose(got[channel], (resized[0, 0].numpy() - mean) / std, atol=5e-5)
@@ -598,24 +598,18 @@ def test_16_bit_images_are_scaled_so_that_white_is_white() -> None:
     expected = Preprocessing(*identity)(grey)
     for white in (1023, 4095, 65535):
         deep = np.rint(grey * (white / 255)).astype(np.uint16)
-        np.testing.assert_allclose(Preprocessing(*identity, white=white)(deep), expected, atol=1 / white)
-    over = Preprocessing((1, 1), *identity[1:], white=1023)(np.full((3, 3), 4000, np.uint16))
+        inputs = Preprocessing(*identity, white=white, deep=True)(deep)
+        assert inputs.dtype == np.float32
+        np.testing.assert_allclose(inputs, expected / 255, atol=1 / white)
+        np.testing.assert_array_equal(Preprocessing(*identity, white=white)(deep), expected)  # rounded to 8 bit
+    over = Preprocessing((1, 1), *identity[1:], white=1023, deep=True)(np.full((3, 3), 4000, np.uint16))
     np.testing.assert_allclose(over, 1, rtol=1e-6)  # clipped
 
 
-def test_a_batch_is_filled_in_place() -> None:
-    preprocess = Preprocessing((8, 8), MEAN, STD)
-    batch = np.full((3, 3, 8, 8), np.nan, np.float32)
-    for pixels, out in zip([GREY, COLOUR, DEEP], batch, strict=True):
-        returned = preprocess(pixels, out=out)
-        assert returned is out
-        np.testing.assert_array_equal(out, preprocess(pixels))
-    assert np.isfinite(batch).all()
-
-
 def test_preprocessing_through_json() -> None:
-    preprocess = Preprocessing((224, 256), MEAN, STD, white=4095)
-    assert preprocess.to_json() == {"size": [224, 256], "mean": list(MEAN), "std": list(STD), "white": 4095}
+    preprocess = Preprocessing((224, 256), MEAN, STD, white=4095, deep=True)
+    expected = {"size": [224, 256], "mean": list(MEAN), "std": list(STD), "white": 4095, "deep": True}
+    assert preprocess.to_json() == expected
     assert Preprocessing.from_json(json.loads(json.dumps(preprocess.to_json()))) == preprocess
 
 
@@ -634,6 +628,7 @@ def test_preprocessing_through_json() -> None:
         {"white": 0},
         {"white": 70000},
         {"white": "white"},
+        {"deep": 1},
         {"blur": 1},
     ],
 )
@@ -666,10 +661,10 @@ def test_infer_white(tmp_path: Path, largest: int, white: int, monkeypatch: pyte
         read.append(path.name)
         return read_image(path)
 
-    monkeypatch.setattr(images, "read_image", count)
+    monkeypatch.setattr(decoding, "read_image", count)
     assert infer_white(find_images(tmp_path)) == white
     assert read == ["a.png", "b.tif"]
-    assert infer_white([tmp_path / "c.png", tmp_path / "d.png"]) == 65535
+    assert infer_white([tmp_path / "c.png", tmp_path / "d.png"]) is None
 
 
 # --- the way back

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from flawmap import Detector, FlawmapError, find_dataset
-from flawmap.imaging.images import digest
+from flawmap.imaging.image_files import digest
 from flawmap.tuning.live import tune
 from flawmap.tuning.oracle import OracleGrid, grid_points, oracle_grid, oracle_table
 

@@ -253,7 +253,9 @@ def test_onnxruntime_agrees_at_any_batch_size(build, settings):
     method.network(torch.rand(4, 3, 64, 64))  # running statistics that are not those of the start
     list(stages)
     method.eval()
-    session = onnxruntime.InferenceSession(to_onnx(method, (64, 64), masked=True)[0], providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        to_onnx(method, (64, 64), masked=True)[0], providers=["CPUExecutionProvider"]
+    )
     images = batch(3)[0]
     inside = torch.ones(3, 1, 64, 64)
     inside[1, :, :, :20] = 0

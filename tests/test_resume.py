@@ -13,8 +13,8 @@ from torch import nn
 
 from flawmap import Detector, FlawmapError
 from flawmap.backbones import create_backbone, create_engine
-from flawmap.imaging.images import Preprocessing
 from flawmap.imaging.preparation import Preparation
+from flawmap.imaging.preprocessing import Preprocessing
 from flawmap.learning import loop
 from flawmap.learning.data import TrainingData
 from flawmap.learning.loop import train

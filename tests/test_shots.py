@@ -6,7 +6,7 @@ import pytest
 
 from flawmap import Detector, FlawmapError, find_dataset
 from flawmap.datasets.shots import draw_shots
-from flawmap.imaging.images import digest
+from flawmap.imaging.image_files import digest
 
 
 def test_the_draw_is_the_seeds(drawn):

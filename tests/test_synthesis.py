@@ -20,7 +20,8 @@ from scipy.sparse.linalg import spsolve
 from flawmap.datasets import find_dataset
 from flawmap.datasets.drawn import draw_part
 from flawmap.errors import FlawmapError, ImageError
-from flawmap.imaging.images import read_image, read_mask
+from flawmap.imaging.decoding import read_image
+from flawmap.imaging.masks import read_mask
 from flawmap.synthesis import (
     CLS_CNF,
     DRAEM,

@@ -11,8 +11,9 @@ from sklearn.metrics import roc_auc_score
 
 from flawmap import Detector, FlawmapError, find_dataset
 from flawmap.imaging.geometry import Geometry
-from flawmap.imaging.images import Preprocessing, digest
+from flawmap.imaging.image_files import digest
 from flawmap.imaging.preparation import Preparation
+from flawmap.imaging.preprocessing import Preprocessing
 from flawmap.synthesis import DEFAULTS, synthesize
 from flawmap.tuning import criterion, refitting
 from flawmap.tuning.criterion import Compared, Criterion, in_words, synthetic_images

@@ -10,8 +10,8 @@ from torch import nn
 
 from flawmap import FlawmapError, ImageError
 from flawmap.backbones import create_backbone, create_engine
-from flawmap.imaging.images import Preprocessing
 from flawmap.imaging.preparation import Preparation
+from flawmap.imaging.preprocessing import Preprocessing
 from flawmap.imaging.reading import read_batches
 from flawmap.learning.data import TrainingData
 from flawmap.learning.feature_cache import FeatureCache
@@ -86,7 +86,8 @@ def test_features_are_the_engines_and_images_those_read(data, paths, preparation
     assert isinstance(data.unreadable[0], ImageError)
     assert "05.png" in str(data.unreadable[0])
     (images,), _ = data.images([8, 0])
-    expected = np.stack([preparation.preprocessing(np.asarray(Image.open(data.paths[i]))) for i in (8, 0)])
+    raw = np.stack([preparation.preprocessing(np.asarray(Image.open(data.paths[i]))) for i in (8, 0)])
+        expected = preparation.preprocessing.normalised(raw)
     np.testing.assert_array_equal(images, expected)
     for level, theirs in zip(data.features([8, 0])[0], engine(expected), strict=True):
         np.testing.assert_allclose(level, theirs, rtol=1e-4, atol=1e-5)

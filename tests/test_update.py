@@ -116,7 +116,8 @@ def test_patchcore_learns_what_it_is_shown(parts, halves, unlike):
 def prepared(detector):
     from PIL import Image
 
-    return lambda path: detector.preparation_.preprocessing(np.asarray(Image.open(path)))
+    preprocessing = detector.preparation_.preprocessing
+    return lambda path: preprocessing.normalised(preprocessing(np.asarray(Image.open(path))))
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from torch import nn
 
 from flawmap.backbones import create_backbone, create_engine
 from flawmap.imaging.geometry import Geometry
-from flawmap.imaging.images import Preprocessing
 from flawmap.imaging.preparation import Preparation
+from flawmap.imaging.preprocessing import Preprocessing
 from flawmap.learning.data import TrainingData
 from flawmap.learning.feature_cache import FeatureCache
 from flawmap.learning.loop import train

@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from flawmap.datasets import Dataset, find_dataset
     from flawmap.detector import Detector
     from flawmap.errors import FlawmapError, ImageError
-    from flawmap.imaging.images import find_images, read_image
+    from flawmap.imaging.decoding import read_image
+    from flawmap.imaging.image_files import find_images
     from flawmap.judging.calibration import Calibration, Threshold
     from flawmap.judging.evaluation import EvaluationReport
     from flawmap.judging.inspection import Inspection, Region
@@ -32,8 +33,8 @@ _PLACES = {
     "Region": "judging.inspection",
     "Threshold": "judging.calibration",
     "find_dataset": "datasets",
-    "find_images": "imaging.images",
-    "read_image": "imaging.images",
+    "find_images": "imaging.image_files",
+    "read_image": "imaging.decoding",
 }
 
 __all__ = [

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from flawmap.backbones.catalogue import CATALOGUE, DEFAULT_BACKBONE
 from flawmap.errors import FlawmapError
 
-
 # The maps of a forward pass that is under way, for each thread its own: a module shared by threads keeps none.
 _maps: ContextVar[dict[str, Tensor]] = ContextVar("maps")
 

@@ -101,7 +101,8 @@ def evaluate_command(
 
 def write_report(path: Path, detector: Detector, dataset: Dataset, report: EvaluationReport) -> None:
     """The page of an evaluation; the images worth showing are inspected again for their maps."""
-    from flawmap.imaging.images import read_image, read_mask
+    from flawmap.imaging.decoding import read_image
+    from flawmap.imaging.masks import read_mask
     from flawmap.report.page import take_picture, worth_showing, write_evaluation_page
 
     masks = {sample.path: sample.mask for sample in dataset.test}

@@ -67,7 +67,7 @@ def inspect_command(
     if coco is not None:
         check_output(coco)
     from flawmap.errors import FlawmapError
-    from flawmap.imaging.images import find_images
+    from flawmap.imaging.image_files import find_images
 
     found: list[tuple[Path, Path]] = []  # each image with its name below the output folder
     for source in sources:
@@ -166,7 +166,7 @@ class _Writer:
 
 def draw(target: Path, path: Path, inspection: Inspection, scale: HeatScale | None) -> None:
     """Writes <target>_overlay.png and <target>_map.png of one inspected image; nothing for a method without maps."""
-    from flawmap.imaging.images import read_image
+    from flawmap.imaging.decoding import read_image
     from flawmap.report.overlays import write_map, write_overlay
 
     if scale is None:

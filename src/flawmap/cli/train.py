@@ -279,7 +279,7 @@ def write_report(path: Path, detector: Detector, dataset: Dataset) -> None:
     """The page that training ends with."""
     from flawmap.datasets.duplicates import in_train_and_test
     from flawmap.errors import ImageError
-    from flawmap.imaging.images import read_image
+    from flawmap.imaging.decoding import read_image
     from flawmap.report.page import AtypicalPicture, Learnt, LeftOut, take_picture, write_training_page
 
     scale = detector.heat_scale()

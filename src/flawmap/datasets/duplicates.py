@@ -19,8 +19,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from flawmap.datasets.samples import Dataset, Sample
 from flawmap.errors import ImageError
+from flawmap.imaging.decoding import read_image
 from flawmap.imaging.fingerprints import SIDE, fingerprint
-from flawmap.imaging.images import read_image
 
 DIFFERENCE = 0.12
 """Share of the contrast (root mean square) that may differ between near-duplicates."""

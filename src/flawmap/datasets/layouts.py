@@ -13,7 +13,7 @@ from typing import Literal
 
 from flawmap.datasets.samples import Dataset, Sample, first_few
 from flawmap.errors import FlawmapError
-from flawmap.imaging.images import IMAGE_SUFFIXES, find_images
+from flawmap.imaging.image_files import IMAGE_SUFFIXES, find_images
 
 GOOD_NAMES = ("good", "ok", "normal")
 BAD_NAMES = ("bad", "ng", "defect", "anomaly")

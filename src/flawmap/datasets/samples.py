@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from flawmap.errors import ImageError
-from flawmap.imaging.images import image_size
+from flawmap.imaging.decoding import image_size
 
 _HEADERS_READ = 20  # for the sizes in describe(): a PNG without orientation has to be decoded for its size
 
@@ -23,7 +23,7 @@ class Sample:
         split: "train" or "test".
         label: 0 good, 1 defective, None not known.
         kind: "good" or the kind of defect.
-        mask: where its defects are drawn, see `flawmap.imaging.images.read_mask`; None for good images and where it is
+        mask: where its defects are drawn, see `flawmap.imaging.masks.read_mask`; None for good images and where it is
             missing.
     """
 

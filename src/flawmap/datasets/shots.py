@@ -8,7 +8,8 @@ import numpy as np
 
 from flawmap.datasets.samples import Dataset, Sample
 from flawmap.errors import FlawmapError, ImageError
-from flawmap.imaging.images import digest, read_image
+from flawmap.imaging.decoding import read_image
+from flawmap.imaging.image_files import digest
 
 
 def draw_shots(dataset: Dataset, shots: int, seed: int) -> Dataset:

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from flawmap.errors import FlawmapError
-from flawmap.imaging.images import as_pixels
+from flawmap.imaging.arrays import as_pixels
 
 SIDE = 128
 """Longer side in pixels of the reduced image that brightness, sharpness, detail and colour are measured on."""
@@ -70,7 +70,7 @@ def capture_statistics(pixels: ArrayLike, white: int = 65535) -> NDArray[np.floa
     - red-green, yellow-blue: mean of R - G and of (R + G) / 2 - B, -1 to 1.
 
     Args:
-        pixels: an image as `flawmap.imaging.images.as_pixels` takes it.
+        pixels: an image as `flawmap.imaging.arrays.as_pixels` takes it.
         white: the value that counts as white in 16-bit images.
 
     Returns:

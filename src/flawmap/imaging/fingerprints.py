@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
-from flawmap.imaging.images import as_pixels
+from flawmap.imaging.arrays import as_pixels
 
 SIDE = 32
 """A fingerprint is a grey picture of SIDE x SIDE pixels."""
@@ -18,7 +18,7 @@ def fingerprint(pixels: ArrayLike, white: int = 65535) -> NDArray[np.float32]:
     """An image as a small, smooth grey picture without regard to its aspect ratio.
 
     Args:
-        pixels: an image as `flawmap.imaging.images.as_pixels` takes it.
+        pixels: an image as `flawmap.imaging.arrays.as_pixels` takes it.
         white: the value that counts as white in 16-bit images.
 
     Returns:

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from flawmap.errors import FlawmapError, ImageError
-from flawmap.imaging.images import resize_mask
+from flawmap.imaging.arrays import size_text
+from flawmap.imaging.masks import resize_mask
 
 Kind = Literal["stretch", "keep_aspect", "crop", "tile"]
 
@@ -171,7 +172,7 @@ class Geometry:
             return image_size
         if self.side > min(image_size):
             raise FlawmapError(
-                f"--crop {self.side} does not fit in an image size of {_text(image_size)}: "
+                f"--crop {self.side} does not fit in an image size of {size_text(image_size)}: "
                 f"give at most {min(image_size)}, or a larger --image-size"
             )
         return self.side, self.side
@@ -200,8 +201,9 @@ class Geometry:
             rows, columns = self._tiles(height, model_height), self._tiles(width, model_width)
             if len(rows) * len(columns) > MOST_TILES:
                 raise ImageError(
-                    f"--tile {self.side},{self.overlap} cuts an image of {_text(size)} into {len(rows) * len(columns)} "
-                    f"tiles, over the limit of {MOST_TILES}; train with larger tiles or less overlap"
+                    f"--tile {self.side},{self.overlap} cuts an image of {size_text(size)} into "
+                    f"{len(rows) * len(columns)} tiles, over the limit of {MOST_TILES}; "
+                    "train with larger tiles or less overlap"
                 )
         return tuple(Window(left, top, right, bottom) for top, bottom in rows for left, right in columns)
 
@@ -248,7 +250,7 @@ class Geometry:
         )
         if not windows:
             raise ImageError(
-                f"less than one model pixel of an image of {_text(size)} lies in the region of interest; "
+                f"less than one model pixel of an image of {size_text(size)} lies in the region of interest; "
                 "draw a larger region, or give a larger --image-size"
             )
         return replace(placement, windows=windows)
@@ -311,9 +313,9 @@ class Placement:
     def lay_back(self, maps: Iterable[NDArray[np.floating[Any]]]) -> NDArray[np.float32]:
         """Maps of the model inputs on the original pixels: undoes `inputs`.
 
-        Bilinear with half-pixel centres, as `images.lay_back`. Where windows overlap, each counts the less the nearer
-        its border is, along a linear ramp over the overlap; the weights sum to one. Map pixels that are not `inside`
-        are not read.
+        Bilinear with half-pixel centres, as `preprocessing.lay_back`. Where windows overlap, each counts the less the
+        nearer its border is, along a linear ramp over the overlap; the weights sum to one. Map pixels that are not
+        `inside` are not read.
 
         Args:
             maps: T of (h, w). Taken one at a time, so an iterator need not hold them all.
@@ -487,11 +489,7 @@ def _scaled(roi: NDArray[np.bool_], size: tuple[int, int]) -> NDArray[np.bool_]:
     (height, width), (own_height, own_width) = size, roi.shape
     if abs(own_height * width / (own_width * height) - 1) > 0.02:
         raise ImageError(
-            f"the region of interest is {_text(roi.shape)} but the image is {_text(size)}; "
+            f"the region of interest is {size_text(roi.shape)} but the image is {size_text(size)}; "
             "its aspect ratio must be the image's: leave the image out, or redraw the region"
         )
     return resize_mask(roi, size)
-
-
-def _text(size: tuple[int, ...]) -> str:
-    return f"{size[0]} x {size[1]} (height x width)"

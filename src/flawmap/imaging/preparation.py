@@ -11,8 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flawmap.errors import FlawmapError, ImageError
+from flawmap.imaging.arrays import as_pixels
+from flawmap.imaging.decoding import read_image
 from flawmap.imaging.geometry import Geometry, Placement
-from flawmap.imaging.images import Preprocessing, as_pixels, read_image, read_mask
+from flawmap.imaging.masks import read_mask
+from flawmap.imaging.preprocessing import Preprocessing
 from flawmap.imaging.registration import Template
 
 LOWEST_QUALITY = 0.3

@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flawmap.errors import ImageError
+from flawmap.imaging.arrays import as_pixels
 from flawmap.imaging.captures import capture_statistics
+from flawmap.imaging.decoding import read_image
 from flawmap.imaging.fingerprints import fingerprint
 from flawmap.imaging.geometry import Placement
-from flawmap.imaging.images import read_image
 from flawmap.imaging.preparation import Preparation
 
 BATCH = 8
@@ -88,10 +89,10 @@ def pack(
     """As `read_batches`, but each batch is read when it is asked for."""
     batch, filled = _empty(prepare, size), 0
     for source in sources:
-        path = None if isinstance(source, np.ndarray) else source
+        path = source if isinstance(source, Path) else None
         name = "the array" if path is None else str(path)
         try:
-            pixels = as_pixels(source) if path is None else read_image(path)
+            pixels = read_image(source) if isinstance(source, Path) else as_pixels(source)
             start = time.perf_counter()
             statistics = capture_statistics(pixels, prepare.preprocessing.white)
             identifying = fingerprint(pixels, prepare.preprocessing.white) if fingerprints else None

@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from flawmap.errors import FlawmapError, ImageError
-from flawmap.imaging.images import as_pixels
+from flawmap.imaging.arrays import as_pixels, size_text
 
 LONGEST = 256
 """Pixels; the longest side of the reduced template."""
@@ -164,7 +164,7 @@ class Template:
 
     @classmethod
     def from_image(cls, pixels: ArrayLike) -> Template:
-        """From a picture as `images.as_pixels` takes it.
+        """From a picture as `arrays.as_pixels` takes it.
 
         Raises:
             ImageError: it is not an image.
@@ -178,7 +178,7 @@ class Template:
         """Finds the template in an image taken at the same scale, turned and moved.
 
         Args:
-            pixels: a picture as `images.as_pixels` takes it. Values may differ from the template's by gain and offset.
+            pixels: a picture as `arrays.as_pixels` takes it. Values may differ from the template's by gain and offset.
             max_angle: degrees, how far the part may be turned either way.
 
         Raises:
@@ -192,7 +192,7 @@ class Template:
         ratio = max(size) / max(self.size)
         if not 1 / _LARGEST_RATIO <= ratio <= _LARGEST_RATIO:
             raise ImageError(
-                f"the image is {_text(size)} but the template for registration {_text(self.size)}; "
+                f"the image is {size_text(size)} but the template for registration {size_text(self.size)}; "
                 "take both at the same scale, or train with a template of this size"
             )
         factor = _factor(self.size)
@@ -395,7 +395,3 @@ def _fast_length(length: int) -> int:
     while side < length:
         side = side * 3 // 2 if side & (side - 1) == 0 else side * 4 // 3
     return side
-
-
-def _text(size: tuple[int, int]) -> str:
-    return f"{size[0]} x {size[1]} (height x width)"

@@ -14,14 +14,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flawmap.backbones import weights_digest
-from flawmap.line.engines import Engine
 from flawmap.datasets.duplicates import duplicate_groups, duplicate_pairs
 from flawmap.errors import FlawmapError, ImageError
-from flawmap.imaging.images import digest, read_image
+from flawmap.imaging.decoding import read_image
+from flawmap.imaging.image_files import digest
 from flawmap.imaging.preparation import Preparation
 from flawmap.imaging.reading import BATCH, Picture, read_batches
 from flawmap.learning.feature_cache import FeatureCache
 from flawmap.learning.views import Views
+from flawmap.line.engines import Engine
 from flawmap.methods import Method
 
 COLLECTED = 32
@@ -116,7 +117,7 @@ class TrainingData:
         told = False
         for batch in read_batches(missing, self.prepare, fingerprints=True):
             if len(batch.inputs):
-                inputs, inside = self.views(batch.inputs, batch.inside)
+                inputs, inside = self.views(self.prepare.preprocessing.normalised(batch.inputs), batch.inside)
                 scored = None if inside is None else inside.astype(np.float32)
                 parts = [slice(i, i + BATCH) for i in range(0, len(inputs), BATCH)]
                 maps = _joined([engine(inputs[i], None if scored is None else scored[i]) for i in parts])
@@ -225,13 +226,13 @@ class TrainingData:
         return inputs, torch.from_numpy(np.stack([scored[None] for _, scored in windows])).float()
 
     def window(self, row: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """The model input (3, h, w) of a row, read anew, and where it is scored (h, w)."""
+        """The normalised model input (3, h, w) of a row, read anew, and where it is scored (h, w)."""
         image = self._owners[row]
         number = (row - self._cache.images[self.digests[image]].start) // self.views.count
         pixels = read_image(self.paths[image])
         placement = self.prepare.place(pixels)
         found = next(x for i, x in enumerate(self.prepare.inputs(pixels, placement)) if i == number)
-        return found, placement.inside()[number]
+        return self.prepare.preprocessing.normalised(found), placement.inside()[number]
 
 
 def _joined(parts: Sequence[Sequence[NDArray[np.float32]]]) -> list[NDArray[Any]]:

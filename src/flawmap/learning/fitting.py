@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from torch import nn
 
 from flawmap.backbones import Backbone, create_backbone, create_engine
-from flawmap.line.engines import Engine, cpu_threads
 from flawmap.errors import FlawmapError, ImageError
 from flawmap.imaging.captures import CaptureLimits
+from flawmap.imaging.decoding import infer_white
 from flawmap.imaging.geometry import Geometry
-from flawmap.imaging.images import Preprocessing, infer_white
 from flawmap.imaging.preparation import LOWEST_QUALITY, Preparation
+from flawmap.imaging.preprocessing import Preprocessing
 from flawmap.imaging.registration import Template
 from flawmap.judging.calibration import Calibration
 from flawmap.learning.data import Announce, Progress, TrainingData, silent
@@ -29,6 +29,7 @@ from flawmap.learning.latents import Latents
 from flawmap.learning.loop import train
 from flawmap.learning.views import Views
 from flawmap.learning.workspace import identity, work_in
+from flawmap.line.engines import Engine, cpu_threads
 from flawmap.methods import Method
 
 log = logging.getLogger(__name__)
@@ -122,7 +123,8 @@ def fit(
         recipe.backbone, kind.levels(config), weights=recipe.weights, size=recipe.size, seed=recipe.seed
     )
     mean, std = tuple(backbone.mean), tuple(backbone.std)
-    preprocessing = Preprocessing(recipe.size, mean, std, infer_white([*paths, *further]))  # type: ignore[arg-type]
+    white = infer_white([*paths, *further])
+    preprocessing = Preprocessing(recipe.size, mean, std, white or 65535, deep=white is not None)  # type: ignore[arg-type]
     preparation = Preparation(preprocessing, recipe.image_size, recipe.geometry, recipe.region, recipe.template)
     views = Views(*kind.views(config), recipe.seed)
 

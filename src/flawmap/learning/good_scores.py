@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from flawmap.errors import FlawmapError
-from flawmap.imaging.images import find_images
+from flawmap.imaging.image_files import find_images
 from flawmap.learning.data import COLLECTED, Progress, TrainingData, batches, on_device
 from flawmap.methods import Method
 

@@ -71,7 +71,9 @@ def read_exported(path: Path) -> tuple[bytes, dict[str, Any]]:
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise FlawmapError(f"{path} was not made by flawmap: make one with `flawmap export MODEL -o FILE`") from error
     if version != FORMAT:
-        raise FlawmapError(f"{path} has format {version}, this flawmap reads {FORMAT}: upgrade flawmap, or export again")
+        raise FlawmapError(
+            f"{path} has format {version}, this flawmap reads {FORMAT}: upgrade flawmap, or export again"
+        )
     graph = whole[:start]
     try:
         intact = digest == _digest(graph, content)
@@ -82,7 +84,9 @@ def read_exported(path: Path) -> tuple[bytes, dict[str, Any]]:
     domains = {dict(_pairs(value)).get(1, b"") for number, value, _ in fields if number == _OPSETS}
     if unknown := domains.difference(_KNOWN_DOMAINS):
         raise FlawmapError(f"{path} needs operators of {min(unknown)!r}, which are not run: export it again")
-    if any(_DATA_LOCATION in dict(_pairs(tensor)) for number, tensor, _ in _fields(graphs[0]) if number == _INITIALIZERS):
+    if any(
+        _DATA_LOCATION in dict(_pairs(tensor)) for number, tensor, _ in _fields(graphs[0]) if number == _INITIALIZERS
+    ):
         raise FlawmapError(f"{path} refers to data outside itself, which is not read: export it again")
     return graph, content
 

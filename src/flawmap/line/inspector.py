@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from flawmap.errors import FlawmapError, lab_is_missing
 from flawmap.imaging.arrays import as_pixels
-from flawmap.imaging.decoding import find_images
+from flawmap.imaging.image_files import find_images
 from flawmap.imaging.reading import BATCH, Batch, Picture, pack, read_batches
 from flawmap.judging.inspection import Inspection
 from flawmap.judging.judge import Judge
@@ -40,9 +40,10 @@ class Inspector:
 
     Attributes:
         card: what is known of the model.
-        engine: runs the network: images -> maps (B, 1, h, w), unless the method has none, scores (B,), embeddings (B, M).
+        engine: runs the network, see `flawmap.graph.InspectionGraph`: model inputs -> maps (B, 1, h, w) float32, unless
+            the method has none, scores (B,) and embeddings (B, M).
         judge: threshold, pixel threshold, and the scores of good images that they come from.
-        digest: of the model file, in hexadecimal.
+        digest: of the model file, in hexadecimal; None where there is none yet.
 
     Example:
         >>> from flawmap.line import Inspector
@@ -51,7 +52,9 @@ class Inspector:
         'good'
     """
 
-    def __init__(self, card: ModelCard, engine: Engine, judge: Judge, digest: str, mover: Mover | None = None) -> None:
+    def __init__(
+        self, card: ModelCard, engine: Engine, judge: Judge, digest: str | None, mover: Mover | None = None
+    ) -> None:
         """`mover` makes the inspector of other values of the settings that can still be moved."""
         self.card = card
         self.engine = engine

@@ -16,8 +16,8 @@ from PIL import Image
 
 from flawmap.errors import ImageError
 from flawmap.files import replacing
+from flawmap.imaging.decoding import read_image
 from flawmap.imaging.geometry import Geometry
-from flawmap.imaging.images import read_image
 from flawmap.judging.calibration import Calibration, Threshold
 from flawmap.judging.evaluation import IMAGE_FIGURES, PIXEL_FIGURES, EvaluationReport, Judged
 from flawmap.judging.inspection import Inspection

@@ -21,7 +21,9 @@ from PIL import Image
 from flawmap.datasets import Dataset
 from flawmap.errors import FlawmapError, ImageError
 from flawmap.files import claim_folder, unwritable, write_png
-from flawmap.imaging.images import find_images, infer_white, read_image, read_mask, resize_mask
+from flawmap.imaging.decoding import infer_white, read_image
+from flawmap.imaging.image_files import find_images
+from flawmap.imaging.masks import read_mask, resize_mask
 from flawmap.synthesis.contact_sheet import contact_sheet
 from flawmap.synthesis.defects import Defect, generator, synthesize
 from flawmap.synthesis.foreground import Foreground, find_foreground, looked_at
@@ -96,7 +98,7 @@ def write_defects(
         raise FlawmapError(f"{roi}: marks no pixel; paint where defects may lie white (255)")
     tell = progress or (lambda what, done, total: None)
     train, held, held_out = _split(dataset)
-    white = infer_white([*train, *held])
+    white = infer_white([*train, *held]) or 65535
     for cached in (read_kept, _region, _texture_folder):  # files may have changed under the same names
         cached.cache_clear()
     try:

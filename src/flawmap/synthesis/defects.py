@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flawmap.errors import FlawmapError
-from flawmap.imaging.images import as_pixels
+from flawmap.imaging.arrays import as_pixels
 from flawmap.synthesis.augmentation import augment
 from flawmap.synthesis.blending import alpha_blend, seamless_blend
 from flawmap.synthesis.cutpaste import cutpaste, scar
@@ -112,7 +112,7 @@ def synthesize(
     returned as it is, with an empty mask and the kind "none". Images whose channels are all alike get grey defects.
 
     Args:
-        image: as `flawmap.imaging.images.as_pixels` takes it: uint8, uint16 or float in [0, 1], (H, W) or (H, W, 3).
+        image: as `flawmap.imaging.arrays.as_pixels` takes it: uint8, uint16 or float in [0, 1], (H, W) or (H, W, 3).
         others: further good images, the image itself among them or not; without any, the image stands in, mirrored.
             They are asked for their length and for one of them only, so a sequence may read them as they are needed.
         region: bool (H, W), where defects may lie: the foreground, a region of interest, or both. None: everywhere.

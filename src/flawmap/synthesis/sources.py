@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from flawmap.errors import FlawmapError
-from flawmap.imaging.images import find_images, read_image
+from flawmap.imaging.decoding import read_image
+from flawmap.imaging.image_files import find_images
 
 KEPT = 16
 """Images that a process keeps."""

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from flawmap.line.engines import Engine
 from flawmap.datasets import Dataset, Sample
-from flawmap.detector import labelled_samples
 from flawmap.errors import FlawmapError
 from flawmap.imaging.preparation import Preparation
 from flawmap.imaging.reading import BATCH
 from flawmap.learning.data import Progress, on_device, quiet
+from flawmap.line.engines import Engine
+from flawmap.line.evaluating import labelled_samples
 from flawmap.methods import Method, configure
 from flawmap.synthesis import DEFAULTS, GoodImages, find_foreground, generator, looked_at, synthesize
 from flawmap.tuning.oracle import OracleGrid
@@ -361,7 +361,8 @@ class Scorer:
     def _run(self, windows: Sequence[_Window]) -> Batch:
         inputs, shown = np.stack([w.pixels for w in windows]), np.stack([w.inside for w in windows])
         inside = torch.from_numpy(shown[:, None]).float() if self.preparation.masked else None
-        maps = self.engine(inputs, None if inside is None else inside.numpy())
+        normalised = self.preparation.preprocessing.normalised(inputs)
+        maps = self.engine(normalised, None if inside is None else inside.numpy())
         features, inside = on_device(([torch.from_numpy(level) for level in maps], inside), self.device)
         anomaly_map, scores = self.method.score(features, inside)
         return Batch(
@@ -387,7 +388,7 @@ class _Window(NamedTuple):
     """One model input of the image of a number, where it is scored, and the defect on it."""
 
     image: int
-    pixels: NDArray[np.float32]  # (3, h, w)
+    pixels: NDArray[Any]  # (3, h, w)
     inside: NDArray[np.bool_]  # (h, w)
     mask: NDArray[np.bool_] | None  # (h, w)
 

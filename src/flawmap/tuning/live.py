@@ -10,7 +10,7 @@ import numpy as np
 from flawmap.datasets import Dataset
 from flawmap.detector import Detector, source_name, training_paths
 from flawmap.errors import FlawmapError
-from flawmap.imaging.images import digest
+from flawmap.imaging.image_files import digest
 from flawmap.learning.data import Progress, quiet
 from flawmap.learning.fitting import SHORT
 from flawmap.tuning.criterion import (

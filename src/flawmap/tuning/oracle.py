@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from flawmap.datasets import Dataset
-from flawmap.detector import Detector, labelled_samples
-from flawmap.imaging.images import digest, read_image
+from flawmap.detector import Detector
+from flawmap.imaging.decoding import read_image
+from flawmap.imaging.image_files import digest
 from flawmap.learning.data import Progress, quiet
 from flawmap.learning.fitting import SHORT
+from flawmap.line.evaluating import labelled_samples
 from flawmap.metrics import partial_spearman, spearman
 from flawmap.tuning.sweep import FIGURES, Labelled, Sweep, labelled
 

@@ -17,8 +17,8 @@ from flawmap.datasets import Dataset, Sample
 from flawmap.datasets.duplicates import duplicate_groups, duplicate_pairs
 from flawmap.detector import Detector, source_name, training_paths
 from flawmap.errors import FlawmapError, ImageError
+from flawmap.imaging.decoding import infer_white, read_image
 from flawmap.imaging.fingerprints import fingerprint
-from flawmap.imaging.images import infer_white, read_image
 from flawmap.learning.data import Announce, Progress, quiet, silent
 from flawmap.learning.good_scores import calibration_images
 from flawmap.learning.workspace import refuse_interrupted
@@ -225,7 +225,7 @@ class _Parts:
 def _split(paths: Sequence[Path], source: str, given: Detector, strict: bool, progress: Progress) -> _Parts:
     """What shows the same stands on one side; what a calibration folder shows as well is fitted on."""
     further = calibration_images(given.calibration)
-    white = infer_white([*paths, *further])
+    white = infer_white([*paths, *further]) or 65535
     kept, pictures = [], []
     for done, path in enumerate([*paths, *further], start=1):
         try:

@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from flawmap.line.engines import Engine
 from flawmap.datasets import Sample
-from flawmap.imaging.images import read_image, read_mask
+from flawmap.imaging.decoding import read_image
+from flawmap.imaging.masks import read_mask
 from flawmap.imaging.preparation import Preparation
 from flawmap.learning.data import COLLECTED, Progress, batches, on_device, quiet
 from flawmap.learning.feature_cache import FeatureCache
+from flawmap.line.engines import Engine
 from flawmap.methods import Method
 from flawmap.methods.blocks.smoothing import on_grid
 from flawmap.metrics import PixelCurves, auroc
@@ -115,7 +116,8 @@ class Sweep:
         inputs = np.stack(list(preparation.inputs(image.pixels, placement)))
         inside = placement.inside()[:, None] if self._masked else None
         scored = None if inside is None else inside.astype(np.float32)
-        maps = [torch.from_numpy(level) for level in engine(inputs, scored)]
+        normalised = preparation.preprocessing.normalised(inputs)
+        maps = [torch.from_numpy(level) for level in engine(normalised, scored)]
         features, where = on_device((maps, None if scored is None else torch.from_numpy(scored)), self.device)
         with torch.inference_mode():
             kept: list[NDArray[Any]] = [method.latents(features, where).cpu().numpy()]
