@@ -87,7 +87,7 @@ def test_features_are_the_engines_and_images_those_read(data, paths, preparation
     assert "05.png" in str(data.unreadable[0])
     (images,), _ = data.images([8, 0])
     raw = np.stack([preparation.preprocessing(np.asarray(Image.open(data.paths[i]))) for i in (8, 0)])
-        expected = preparation.preprocessing.normalised(raw)
+    expected = preparation.preprocessing.normalised(raw)
     np.testing.assert_array_equal(images, expected)
     for level, theirs in zip(data.features([8, 0])[0], engine(expected), strict=True):
         np.testing.assert_allclose(level, theirs, rtol=1e-4, atol=1e-5)

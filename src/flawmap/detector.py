@@ -332,7 +332,7 @@ class Detector:
         other.config = config
         other.method_ = self.method_.with_settings(other.config)
         if self._engine is not None:
-            other._engine = moved(self._engine, other._graph(), other._live_buffers())
+            other._engine = moved(self._engine, other.graph(), other._live_buffers())
         other._judge = Judge(self.max_false_reject, self.guarantee)
         return other.calibrate() if calibrate else other
 
@@ -431,7 +431,7 @@ class Detector:
         with _COMPILING:  # backbone, method and enlarging as one graph: two libraries' threads get in each other's way
             if self._engine is None or threads is not None:
                 self._engine = create_engine(
-                    self._graph(),
+                    self.graph(),
                     self._size,
                     self.engine,
                     device=self.device,
@@ -448,7 +448,8 @@ class Detector:
     def _moved(self, settings: Mapping[str, Any], calibrate: bool) -> Inspector:
         return self.with_settings(calibrate=calibrate, **settings).inspector()
 
-    def _graph(self) -> InspectionGraph:
+    def graph(self) -> InspectionGraph:
+        """The method with all that inspection needs around it, as one network."""
         return InspectionGraph(self.method_, self.preparation_.preprocessing)
 
     def _live_buffers(self) -> list[str]:

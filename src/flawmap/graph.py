@@ -19,7 +19,7 @@ class InspectionGraph(nn.Module):
 
     def __init__(self, method: Method, preprocessing: Preprocessing) -> None:
         super().__init__()
-        self.method = method
+        self.method: Method = method
         white = 1 if preprocessing.deep else 255
         std = torch.tensor(preprocessing.std).view(1, 3, 1, 1)
         self.register_buffer("gain", 1 / (white * std), persistent=False)

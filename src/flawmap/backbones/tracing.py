@@ -89,24 +89,28 @@ def to_onnx(
     images = torch.zeros(1, 3, *size, dtype=dtype)
     inputs = {"images": images, **({"inside": torch.ones(1, 1, *size)} if masked else {})}
     given = given or {}
-    file = io.BytesIO()
-    with _TRACING, warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
+    with _TRACING, torch.no_grad():
         count = len(network(*inputs.values()))
         names = list(getattr(network, "outputs", [f"map{i}" for i in range(count)]))
-        # The exporter leaves every part in the mode of the whole.
-        module = _Given(network, list(given), len(inputs)).eval()
+        return trace(_Given(network, list(given), len(inputs)), {**inputs, **given}, names, [*inputs, *names]), names
+
+
+def trace(network: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[str], batched: Sequence[str]) -> bytes:
+    """A network as an ONNX model; those of its inputs and outputs that are `batched` may have any length."""
+    file = io.BytesIO()
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
         # The tracing exporter: the newer one needs a further package and ten times as long for the same graph.
         torch.onnx.export(
-            module,
-            (*inputs.values(), *given.values()),
+            network.eval(),  # the exporter leaves every part in the mode of the whole
+            tuple(inputs.values()),
             file,  # type: ignore[arg-type]  # the tracing exporter takes a file object as well
-            input_names=[*inputs, *given],
-            output_names=names,
-            dynamic_axes={name: {0: "B"} for name in (*inputs, *names)},
+            input_names=list(inputs),
+            output_names=list(outputs),
+            dynamic_axes={name: {0: "B"} for name in batched},
             dynamo=False,
         )
-    return file.getvalue(), names
+    return file.getvalue()
 
 
 class _Given(nn.Module):

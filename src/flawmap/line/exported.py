@@ -12,12 +12,18 @@ import json
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flawmap.errors import FlawmapError
+from flawmap.judging.judge import Judge
+from flawmap.line.engines import compile_graph
+from flawmap.line.inspector import Inspector
+from flawmap.line.model_card import ModelCard
+from flawmap.line.moving import Mover
 
 FORMAT = 1
 LIMIT = 2**31 - 1
@@ -89,6 +95,37 @@ def read_exported(path: Path) -> tuple[bytes, dict[str, Any]]:
     ):
         raise FlawmapError(f"{path} refers to data outside itself, which is not read: export it again")
     return graph, content
+
+
+def load_inspector(path: Path, *, engine: str, device: str, threads: int | None) -> Inspector:
+    """What `Inspector.load` gives for an exported file."""
+    if device == "cuda":
+        raise FlawmapError("an exported file runs on the CPU: use --device auto, or the .safetensors model")
+    graph, content = read_exported(path)
+    try:
+        return inspector_of(graph, content, engine=engine, threads=threads)
+    except FlawmapError:
+        raise
+    except Exception as error:  # what a forged file may break is not to be foreseen
+        reason = shorten(str(error), 160)
+        raise FlawmapError(f"{path} does not fit this flawmap ({reason}): export it again") from error
+
+
+def inspector_of(
+    graph: bytes, content: Mapping[str, Any], *, engine: str = "auto", threads: int | None = None
+) -> Inspector:
+    """The inspector of what `read_exported` has read.
+
+    Raises:
+        FlawmapError, KeyError, TypeError, ValueError: a value is missing or cannot be used.
+    """
+    card = ModelCard.from_json(content, arrays_from_json(content["arrays"]))
+    outputs = ("map", "score", "embedding") if card.localises else ("score", "embedding")
+    compiled = compile_graph(graph, engine, outputs=outputs, threads=threads)
+    assert card.calibration is not None
+    judge = Judge.of(card.calibration, card.max_false_reject, card.guarantee)
+    mover = None if content["live"] is None else Mover(card, compiled, content["live"], content["model"])
+    return Inspector(card, compiled, judge, content["model"], mover)
 
 
 def arrays_to_json(arrays: Mapping[str, NDArray[Any]]) -> dict[str, Any]:

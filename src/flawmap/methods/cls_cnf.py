@@ -30,7 +30,7 @@ can be):
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -96,6 +96,7 @@ class ClsCnf(Method):
     live: ClassVar[tuple[str, ...]] = ("weight",)
     searched: ClassVar[dict[str, tuple[float, ...]]] = {"weight": tuple(np.arange(1, 21) / 20)}
     live_buffers: ClassVar[tuple[str, ...]] = ("w",)
+    symbols: ClassVar[dict[str, str]] = {"weight": "w"}
     config: ClsCnfConfig
 
     def __init__(self, config: ClsCnfConfig, backbone: Backbone, size: tuple[int, int]) -> None:
@@ -189,8 +190,11 @@ class ClsCnf(Method):
     def with_settings(self, config: ClsCnfConfig) -> ClsCnf:
         other = copy.copy(self)
         other.config = config
-        other._buffers = {**self._buffers, "w": torch.full_like(self.w, config.weight)}
+        other._buffers = {**self._buffers, **self.live_state({"weight": torch.full_like(self.w, config.weight)})}
         return other
+
+    def live_state(self, settings: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {"w": settings["weight"]}
 
     def latents(self, features: list[Tensor], inside: Tensor | None = None) -> Tensor:
         return torch.cat([part.flatten(2) for part in self.parts(features, inside)], 1).transpose(1, 2)  # (B, h*w, 3)

@@ -6,7 +6,7 @@ A method owns no loop. `stages()` yields what has to happen, in order; `flawmap.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -132,7 +132,9 @@ class Method(nn.Module):
         live: settings that can be moved after training, see `with_settings`.
         searched: the values of each live setting among which the method's paper chooses.
         reselects: True where `reselect` has something to choose.
-        live_buffers: what moves with them; inputs of the exported graph, so that it is made once.
+        live_buffers: what moves with them; inputs of the graph that inspects, so that it is made once.
+        costly_buffers: those of them that take long to make; the others an exported file makes of the settings itself.
+        symbols: what an exported file calls a live setting, where that is not its name here.
         optimises: True where stages train by gradient; such methods hold out good images for calibration, the others
             cross-fit.
     """
@@ -150,6 +152,8 @@ class Method(nn.Module):
     searched: ClassVar[dict[str, tuple[float, ...]]] = {}
     reselects: ClassVar[bool] = False
     live_buffers: ClassVar[tuple[str, ...]] = ()
+    costly_buffers: ClassVar[tuple[str, ...]] = ()
+    symbols: ClassVar[dict[str, str]] = {}
 
     resize: Enlarge
 
@@ -231,6 +235,10 @@ class Method(nn.Module):
 
     def with_settings(self, config: Any) -> Method:
         """This method with other values of its `live` settings; all that does not depend on them is shared."""
+        raise NotImplementedError
+
+    def live_state(self, settings: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The `live_buffers` at values () of all `live` settings, by operations that an exported file can hold."""
         raise NotImplementedError
 
     def latents(self, features: list[Tensor], inside: Tensor | None = None) -> Tensor:

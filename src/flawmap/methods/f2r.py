@@ -31,7 +31,7 @@ score its largest value after that (`image_score=patch` for before).
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -112,6 +112,7 @@ class F2R(Method):
     }
     reselects: ClassVar[bool] = True
     live_buffers: ClassVar[tuple[str, ...]] = ("factors", "index")
+    costly_buffers: ClassVar[tuple[str, ...]] = ("index",)
     optimises: ClassVar[bool] = True
     config: F2RConfig
 
@@ -130,7 +131,8 @@ class F2R(Method):
         self.channels = self.patches.outputs  # c
         local = min(max(1, round(config.split * self.channels)), self.channels - 1)
         self.parts = (local, self.channels - local)  # of z_l and z_g
-        self.register_buffer("factors", self._factors(), persistent=False)
+        factors = self._factors(torch.tensor(config.alpha), torch.tensor(config.beta))
+        self.register_buffer("factors", factors, persistent=False)
         self.register_buffer("vectors", torch.zeros(0, self.channels))  # f of the gallery's patches
         self.register_buffer("index", torch.zeros(0, self.channels + 1))  # of their reverted features
         self.factors: Tensor
@@ -198,14 +200,22 @@ class F2R(Method):
         other = copy.copy(self)
         other._buffers, other._modules = dict(self._buffers), dict(self._modules)
         other.config = config
-        other.factors = other._factors().to(self.factors)
+        alpha, beta = torch.tensor((config.alpha, config.beta)).to(self.factors)
+        other.factors = self._factors(alpha, beta)
         other.index = search_index(other._gallery(other.vectors))
         return other
 
-    def _factors(self) -> Tensor:
+    def live_state(self, settings: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        factors = self._factors(settings["alpha"], settings["beta"])
+        return {
+            "factors": factors,
+            "index": search_index(self.flow.revert(self.flow.transform(self.vectors) * factors)),
+        }
+
+    def _factors(self, alpha: Tensor, beta: Tensor) -> Tensor:
         """(c,): by what z is multiplied."""
         local, position = self.parts
-        return torch.cat([torch.full((local,), self.config.alpha), torch.full((position,), self.config.beta)])
+        return torch.cat([alpha.expand(local), beta.expand(position)])
 
     def _gallery(self, f: Tensor) -> Tensor:
         """f (M, c) -> f' (M, c), as the gallery holds it."""
