@@ -15,7 +15,7 @@ from flawmap.imaging.windows import Window, clipped, content_slices, cut_window,
 
 
 class Rigid(Protocol):
-    """What a `Placement` asks of a registration; `flawmap.imaging.registration.Alignment` gives it."""
+    """What a `Placement` asks of a registration; `flawmap.imaging.rigid.Alignment` gives it."""
 
     @property
     def template_size(self) -> tuple[int, int]:
