@@ -20,8 +20,10 @@ from PIL import Image
 
 from flawmap.errors import FlawmapError, ImageError
 from flawmap.imaging import preprocessing
-from flawmap.imaging.geometry import MOST_TILES, Geometry, Placement, Window, resize_window
+from flawmap.imaging.geometry import MOST_TILES, Geometry
 from flawmap.imaging.masks import resize_mask
+from flawmap.imaging.placement import Placement
+from flawmap.imaging.windows import Window, resize_window
 
 RNG = np.random.default_rng(3)
 SIZES = [(1, 1), (37, 80), (80, 37), (64, 64), (300, 211), (50, 512)]

@@ -16,7 +16,8 @@ from flawmap.datasets.drawn.boards import Board
 from flawmap.datasets.drawn.screws import Screw
 from flawmap.errors import FlawmapError, ImageError
 from flawmap.imaging.geometry import Geometry
-from flawmap.imaging.registration import LONGEST, Alignment, Template
+from flawmap.imaging.registration import LONGEST, Template
+from flawmap.imaging.rigid import Alignment
 
 
 def draw(kind: str, number: int, defect: str | None = None, size: int = 256) -> NDArray[np.uint8]:

@@ -16,17 +16,10 @@ from flawmap.judging.calibration import Calibration
 from flawmap.judging.evaluation import Scored, evaluate
 from flawmap.judging.inspection import Inspection
 from flawmap.report.charts import ScoreRow, score_histograms
+from flawmap.report.evaluation_page import worth_showing, write_evaluation_page
 from flawmap.report.overlays import HeatScale
-from flawmap.report.page import (
-    AtypicalPicture,
-    Learnt,
-    LeftOut,
-    Picture,
-    take_picture,
-    worth_showing,
-    write_evaluation_page,
-    write_training_page,
-)
+from flawmap.report.pictures import Picture, take_picture
+from flawmap.report.training_page import AtypicalPicture, Learnt, LeftOut, write_training_page
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 SCALE = HeatScale(1.0, 3.0)

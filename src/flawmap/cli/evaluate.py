@@ -103,7 +103,8 @@ def write_report(path: Path, detector: Detector, dataset: Dataset, report: Evalu
     """The page of an evaluation; the images worth showing are inspected again for their maps."""
     from flawmap.imaging.decoding import read_image
     from flawmap.imaging.masks import read_mask
-    from flawmap.report.page import take_picture, worth_showing, write_evaluation_page
+    from flawmap.report.evaluation_page import worth_showing, write_evaluation_page
+    from flawmap.report.pictures import take_picture
 
     masks = {sample.path: sample.mask for sample in dataset.test}
     scale = detector.heat_scale()

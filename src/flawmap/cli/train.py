@@ -280,7 +280,8 @@ def write_report(path: Path, detector: Detector, dataset: Dataset) -> None:
     from flawmap.datasets.duplicates import in_train_and_test
     from flawmap.errors import ImageError
     from flawmap.imaging.decoding import read_image
-    from flawmap.report.page import AtypicalPicture, Learnt, LeftOut, take_picture, write_training_page
+    from flawmap.report.pictures import take_picture
+    from flawmap.report.training_page import AtypicalPicture, Learnt, LeftOut, write_training_page
 
     scale = detector.heat_scale()
     unusual = detector.atypical_[:_SHOWN]

@@ -1,23 +1,21 @@
-"""Which parts of an image become model inputs, and how maps come back onto its pixels. Needs numpy and Pillow only.
+"""Which parts of an image become model inputs. Needs numpy and Pillow only.
 
-Every geometry is a list of windows: axis-aligned boxes in original pixels, each of which one model input covers. Pixel
-i spans i to i + 1, so its centre lies at i + 0.5, in images, model inputs and maps alike.
+Every geometry is a list of windows: axis-aligned boxes in original pixels, each of which one model input covers.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal, NamedTuple, Protocol, get_args
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from flawmap.errors import FlawmapError, ImageError
 from flawmap.imaging.arrays import size_text
 from flawmap.imaging.masks import resize_mask
+from flawmap.imaging.placement import Placement, Rigid
+from flawmap.imaging.windows import Window
 
 Kind = Literal["stretch", "keep_aspect", "crop", "tile"]
 
@@ -25,41 +23,6 @@ SMALLEST = 8
 """Pixels; a crop or a tile of less shows nothing."""
 MOST_TILES = 10_000
 """An image that would be cut into more is refused before memory runs out."""
-
-
-class Window(NamedTuple):
-    """The box that one model input covers, in pixels of the frame. What exceeds the image is padding.
-
-    The image's edges lie on edges of model pixels, so that no model pixel is image in part: `Geometry` moves a window's
-    edges by up to half a model pixel to have it so.
-    """
-
-    left: float
-    top: float
-    right: float
-    bottom: float
-
-
-class Rigid(Protocol):
-    """What a `Placement` asks of a registration; `flawmap.imaging.registration.Alignment` gives it."""
-
-    @property
-    def template_size(self) -> tuple[int, int]:
-        """(height, width) of the template's frame."""
-
-    @property
-    def valid(self) -> NDArray[np.bool_]:
-        """(Ht, Wt), True where the frame shows the image."""
-
-    @property
-    def quality(self) -> float:
-        """In [-1, 1], how well the two agree."""
-
-    def warp(self, pixels: NDArray[Any]) -> NDArray[Any]:
-        """(H, W) or (H, W, 3) -> (Ht, Wt) or (Ht, Wt, 3) in the template's frame."""
-
-    def unwarp(self, anomaly_map: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(Ht, Wt) -> (H, W) on the original pixels, NaN where the frame does not reach."""
 
 
 @dataclass(frozen=True)
@@ -256,228 +219,11 @@ class Geometry:
         return replace(placement, windows=windows)
 
 
-@dataclass(frozen=True, eq=False)
-class Placement:
-    """The windows on one image; made by `Geometry.place`. T is the number of windows, (h, w) the input size.
-
-    Attributes:
-        size: (H, W) of the image.
-        frame: (height, width) of the picture on which the windows lie: the image, or the aligned image.
-        windows: row by row.
-        input_size: (h, w).
-        region: bool, of the frame's size, True where pixels are scored; None where all are.
-        alignment: of the image to the template; None without registration.
-    """
-
-    size: tuple[int, int]
-    frame: tuple[int, int]
-    windows: tuple[Window, ...]
-    input_size: tuple[int, int]
-    region: NDArray[np.bool_] | None = field(default=None, repr=False)
-    alignment: Rigid | None = field(default=None, repr=False)
-
-    def inputs(self, pixels: NDArray[Any]) -> Iterator[NDArray[Any]]:
-        """The resized pixels of each window, padded with the image's edge.
-
-        Args:
-            pixels: uint8 (H, W) or (H, W, 3), or one float32 plane (H, W).
-
-        Yields:
-            (h, w) or (h, w, 3) of the same type, T of them.
-        """
-        if self.alignment is not None:
-            pixels = self.alignment.warp(pixels)
-        for window in self.windows:
-            yield resize_window(pixels, window, self.input_size)
-
-    def inside(self) -> NDArray[np.bool_]:
-        """(T, h, w), True where the centre of a model pixel lies on the image and in the region of interest."""
-        return self._sampled(self.region)
-
-    def project(self, mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """A bool (H, W) mask in the model inputs, by nearest neighbour: (T, h, w), False in the padding."""
-        return self._sampled(mask if self.alignment is None else self.alignment.warp(mask))
-
-    def _sampled(self, mask: NDArray[np.bool_] | None) -> NDArray[np.bool_]:
-        """A mask of the frame in the model inputs, by nearest neighbour; None is True everywhere."""
-        sampled = np.zeros((len(self.windows), *self.input_size), np.bool_)
-        for window, target in zip(self.windows, sampled, strict=True):
-            content = _content(window, self.frame, self.input_size)
-            if mask is None:
-                target[content] = True
-            else:
-                cut = _cut(mask.view(np.uint8), window, self.input_size, Image.Resampling.NEAREST)
-                target[content] = cut[content]
-        return sampled
-
-    def lay_back(self, maps: Iterable[NDArray[np.floating[Any]]]) -> NDArray[np.float32]:
-        """Maps of the model inputs on the original pixels: undoes `inputs`.
-
-        Bilinear with half-pixel centres, as `preprocessing.lay_back`. Where windows overlap, each counts the less the
-        nearer its border is, along a linear ramp over the overlap; the weights sum to one. Map pixels that are not
-        `inside` are not read.
-
-        Args:
-            maps: T of (h, w). Taken one at a time, so an iterator need not hold them all.
-
-        Returns:
-            float32 (H, W), NaN where nothing was scored.
-        """
-        rows = _ramps({(w.top, w.bottom) for w in self.windows}, self.frame[0])
-        columns = _ramps({(w.left, w.right) for w in self.windows}, self.frame[1])
-        laid = np.full(self.frame, np.nan, np.float32)
-        # Whole, so that the masks are made once; a bool array is a quarter of the maps.
-        inside = None if self.region is None else self.inside()
-        for i, (window, values) in enumerate(zip(self.windows, maps, strict=True)):
-            down, across = rows[window.top, window.bottom], columns[window.left, window.right]
-            tile = self._enlarge(
-                np.asarray(values, np.float32),
-                window,
-                (down.pixels, across.pixels),
-                None if inside is None else inside[i],
-            )
-            target = laid[down.pixels, across.pixels]
-            fresh = np.isnan(target)
-            if fresh.all():
-                target[:] = tile
-                continue
-            # The share of this window among those laid so far, itself included. Weighing in by differences keeps
-            # constant maps exactly constant, and needs no picture of the weights' sums.
-            share = down.weight[:, None] * across.weight
-            share /= down.before[:, None] + down.weight[:, None] * (across.before + across.weight)
-            blended = target + share * (tile - target)
-            target[:] = np.where(fresh, tile, np.where(np.isnan(tile), target, blended))
-        if self.region is not None:
-            laid[~self.region] = np.nan
-        return laid if self.alignment is None else self.alignment.unwarp(laid)
-
-    def _enlarge(
-        self,
-        values: NDArray[np.float32],
-        window: Window,
-        pixels: tuple[slice, slice],
-        inside: NDArray[np.bool_] | None,
-    ) -> NDArray[np.float32]:
-        """One map (h, w) at the frame's pixels (rows, columns); NaN where no pixel `inside` is near."""
-        content = _content(window, self.frame, self.input_size)
-        values = values[content]
-        left, top, right, bottom = _clipped(window, self.frame)
-        heights = (pixels[0].start - top, pixels[0].stop - top, bottom - top)
-        widths = (pixels[1].start - left, pixels[1].stop - left, right - left)
-        seen = None if inside is None else inside[content]
-        if seen is None or seen.all():
-            return _resample(values, heights, widths)
-        weights = _resample(seen.astype(np.float32), heights, widths)
-        total = _resample(np.where(seen, values, np.float32(0)), heights, widths)
-        return np.divide(total, weights, out=np.full_like(total, np.nan), where=weights > 1e-6)
-
-
-def resize_window(pixels: NDArray[Any], window: Window, size: tuple[int, int]) -> NDArray[Any]:
-    """The part of an image under a window, at (height, width), by Pillow's bilinear filter; the edge repeated outside.
-
-    Args:
-        pixels: uint8 (H, W) or (H, W, 3), or one float32 plane (H, W).
-
-    Returns:
-        (height, width) or (height, width, 3) of the same type; may be read-only.
-    """
-    return _cut(pixels, window, size, Image.Resampling.BILINEAR)
-
-
-def _cut(pixels: NDArray[Any], window: Window, size: tuple[int, int], resampling: Image.Resampling) -> NDArray[Any]:
-    rows, columns = _content(window, pixels.shape[:2], size)
-    left, top, right, bottom = _clipped(window, pixels.shape[:2])
-    height, width = rows.stop - rows.start, columns.stop - columns.start
-    # The filter reaches one model pixel, or one image pixel where that is larger, beyond the window.
-    down, across = math.ceil(max((bottom - top) / height, 1)) + 1, math.ceil(max((right - left) / width, 1)) + 1
-    y, x = max(math.floor(top) - down, 0), max(math.floor(left) - across, 0)
-    part = pixels[y : math.ceil(bottom) + down, x : math.ceil(right) + across]
-    box = (left - x, top - y, right - x, bottom - y)
-    resized = np.asarray(Image.fromarray(part).resize((width, height), resampling, box))
-    if resized.shape[:2] == size:
-        return resized
-    padding = [(rows.start, size[0] - rows.stop), (columns.start, size[1] - columns.stop), (0, 0)]
-    return np.pad(resized, padding[: pixels.ndim], mode="edge")
-
-
-def _content(window: Window, frame: tuple[int, ...], size: tuple[int, int]) -> tuple[slice, slice]:
-    """The rows and columns of the model input that are image."""
-    left, top, right, bottom = window
-    down, across = size[0] / (bottom - top), size[1] / (right - left)
-    return (
-        slice(max(0, round(-top * down)), min(size[0], round((frame[0] - top) * down))),
-        slice(max(0, round(-left * across)), min(size[1], round((frame[1] - left) * across))),
-    )
-
-
-def _clipped(window: Window, frame: tuple[int, ...]) -> Window:
-    """The part of a window that is image."""
-    left, top, right, bottom = window
-    return Window(max(left, 0), max(top, 0), min(right, frame[1]), min(bottom, frame[0]))
-
-
 def _padded(length: int, model: int, scale: float) -> tuple[float, float]:
     """Start and end of a window whose `model` pixels hold `length` image pixels at `scale`, centred."""
     content = min(model, max(1, round(length * scale)))
     before = (model - content) // 2
     return -before * length / content, (model - before) * length / content
-
-
-class _Ramp(NamedTuple):
-    """The weights of one row (or column) of windows over the pixels that it covers."""
-
-    pixels: slice
-    weight: NDArray[np.float32]  # (n,), positive; over all windows they sum to one at each pixel
-    before: NDArray[np.float32]  # (n,), the sum of the weights of the windows before
-
-
-def _ramps(spans: set[tuple[float, float]], length: int) -> dict[tuple[float, float], _Ramp]:
-    """The weights of windows that span (start, end) of one side of the frame, `length` pixels long."""
-    ordered = sorted(spans)
-    raw: list[tuple[slice, NDArray[np.float64]]] = []
-    total = np.zeros(length)
-    for i, (start, stop) in enumerate(ordered):
-        # Of the pixels whose centre the window covers, none lies on its border, so no weight is zero.
-        pixels = slice(math.ceil(max(start, 0) - 0.5), math.ceil(min(stop, length) - 0.5))
-        centres = np.arange(pixels.start, pixels.stop) + 0.5
-        weight = np.ones(len(centres))
-        if i > 0 and ordered[i - 1][1] > start:
-            weight = np.minimum(weight, (centres - start) / (ordered[i - 1][1] - start))
-        if i + 1 < len(ordered) and ordered[i + 1][0] < stop:
-            weight = np.minimum(weight, (stop - centres) / (stop - ordered[i + 1][0]))
-        total[pixels] += weight
-        raw.append((pixels, weight))
-    ramps: dict[tuple[float, float], _Ramp] = {}
-    done = np.zeros(length)
-    for span, (pixels, weight) in zip(ordered, raw, strict=True):
-        weight = weight / total[pixels]
-        ramps[span] = _Ramp(pixels, weight.astype(np.float32), done[pixels].astype(np.float32))
-        done[pixels] += weight
-    return ramps
-
-
-def _resample(
-    values: NDArray[np.float32], heights: tuple[float, float, float], widths: tuple[float, float, float]
-) -> NDArray[np.float32]:
-    """Part of a map (h, w) at whole pixels: for each axis, the part's start and end and the whole map's extent."""
-    (top, bottom, height), (left, right, width) = heights, widths
-    shape = round(bottom - top), round(right - left)
-    if 0 in shape:
-        return np.empty(shape, np.float32)
-    # Multiplied before divided, so that whole maps give whole numbers.
-    box = (
-        left * values.shape[1] / width,
-        top * values.shape[0] / height,
-        right * values.shape[1] / width,
-        bottom * values.shape[0] / height,
-    )
-    # A pixel whose centre alone lies in the window asks for values beyond the map's edge.
-    before = math.ceil(max(-box[1], 0)), math.ceil(max(-box[0], 0))
-    after = math.ceil(max(box[3] - values.shape[0], 0)), math.ceil(max(box[2] - values.shape[1], 0))
-    if any(before) or any(after):
-        values = np.pad(values, tuple(zip(before, after, strict=True)), mode="edge")
-        box = (box[0] + before[1], box[1] + before[0], box[2] + before[1], box[3] + before[0])
-    return np.asarray(Image.fromarray(values).resize((shape[1], shape[0]), Image.Resampling.BILINEAR, box))
 
 
 def _scaled(roi: NDArray[np.bool_], size: tuple[int, int]) -> NDArray[np.bool_]:

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from flawmap.errors import FlawmapError, ImageError
 from flawmap.imaging.arrays import as_pixels
 from flawmap.imaging.decoding import read_image
-from flawmap.imaging.geometry import Geometry, Placement
+from flawmap.imaging.geometry import Geometry
 from flawmap.imaging.masks import read_mask
+from flawmap.imaging.placement import Placement
 from flawmap.imaging.preprocessing import Preprocessing
 from flawmap.imaging.registration import Template
 

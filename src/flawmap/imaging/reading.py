@@ -17,7 +17,7 @@ from flawmap.imaging.arrays import as_pixels
 from flawmap.imaging.captures import capture_statistics
 from flawmap.imaging.decoding import read_image
 from flawmap.imaging.fingerprints import fingerprint
-from flawmap.imaging.geometry import Placement
+from flawmap.imaging.placement import Placement
 from flawmap.imaging.preparation import Preparation
 
 BATCH = 8

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from flawmap.imaging.geometry import Placement
+from flawmap.imaging.placement import Placement
 
 Verdict = Literal["good", "defect", "error"]
 
