@@ -17,7 +17,6 @@ from flawmap.detector import Detector
 from flawmap.errors import FlawmapError, ImageError
 from flawmap.export.proof import model_inputs
 from flawmap.imaging.image_files import digest
-from flawmap.imaging.reading import BATCH
 from flawmap.judging.calibration import Calibration
 from flawmap.learning.data import Progress
 from flawmap.learning.fitting import SHORT
@@ -55,9 +54,10 @@ class Quantised:
     def describe(self) -> str:
         """Some lines."""
         known = {True: "with VNNI", False: "without VNNI", None: "VNNI not known"}[self.vnni]
+        now, before = f"{self.milliseconds:.1f} ms", f"{self.milliseconds_before:.1f} in float32"
         return (
             f"int8: synthetic defects stand out {self.after:.3f} (float32 {self.before:.3f}); one image takes "
-            f"{self.milliseconds:.1f} ms ({self.milliseconds_before:.1f} in float32, {self.engine}, a processor {known})\n"
+            f"{now} ({before}; {self.engine}, processor {known})\n"
             f"calibrated anew on {self.calibrated} good images that were not learnt from"
         )
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flawmap.errors import FlawmapError
-from flawmap.imaging.geometry import Placement
+from flawmap.imaging.placement import Placement
 from flawmap.judging.calibration import Calibration, Threshold
 from flawmap.judging.inspection import Inspection
 

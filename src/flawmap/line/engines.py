@@ -142,40 +142,41 @@ def _blank(entry: Any) -> NDArray[Any]:
 
 
 class OpenVinoEngine:
-    """A graph in OpenVINO, compiled once for each set of outputs that is asked for."""
+    """A graph in OpenVINO, compiled once for each choice of outputs and of inputs that have a default.
+
+    What has a default is a constant until it is given, which is faster.
+    """
 
     name = "openvino"
 
     def __init__(self, graph: bytes, outputs: Sequence[str], given: Arrays, threads: int) -> None:
         self._graph, self._threads = graph, threads
-        self._compiled: dict[tuple[str, ...], _Compiled] = {}
+        self._compiled: dict[tuple[tuple[str, ...], tuple[str, ...]], _Compiled] = {}
         self._lock = threading.Lock()
         self.outputs = list(outputs)
         self.given = dict(given)
-        self._for(self.outputs)
+        self._for(self.outputs, self.given)
 
     def __call__(self, images: NDArray[Any], inside: NDArray[np.float32] | None = None) -> list[NDArray[np.float32]]:
         inputs = {"images": images, **self.given}
         if inside is not None:
             inputs["inside"] = inside
-        return self._for(self.outputs)(inputs)
+        return self._for(self.outputs, self.given)(inputs)
 
     def run(self, inputs: Arrays, outputs: Sequence[str]) -> list[NDArray[np.float32]]:
-        return self._for(outputs)({**self.given, **inputs})
+        inputs = {**self.given, **inputs}
+        return self._for(outputs, inputs)(inputs)
 
     def moved(self, given: Arrays) -> OpenVinoEngine:
         other = copy(self)
         other.given = {**self.given, **given}
-        # What has a default is a constant until it is moved, which is faster.
-        other._compiled, other._lock = {}, threading.Lock()
-        other._compiled = {} if set(given) - set(self.given) else self._compiled
         return other
 
-    def _for(self, outputs: Sequence[str]) -> _Compiled:
-        key = tuple(outputs)
+    def _for(self, outputs: Sequence[str], given: Arrays) -> _Compiled:
+        key = tuple(outputs), tuple(sorted(given))
         with self._lock:
             if key not in self._compiled:
-                self._compiled[key] = _Compiled(self._graph, key, list(self.given), self._threads)
+                self._compiled[key] = _Compiled(self._graph, *key, self._threads)
             return self._compiled[key]
 
 
