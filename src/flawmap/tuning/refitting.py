@@ -23,23 +23,13 @@ from flawmap.learning.data import Announce, Progress, quiet, silent
 from flawmap.learning.good_scores import calibration_images
 from flawmap.learning.workspace import refuse_interrupted
 from flawmap.methods import Method, method_class
-from flawmap.tuning.criterion import (
-    DEFECTS,
-    FEWEST,
-    Compared,
-    Criterion,
-    Point,
-    Scorer,
-    Tuning,
-    compare_live,
-    in_words,
-    live_figures,
-    live_points,
-    synthetic_images,
-    test_samples,
-)
-from flawmap.tuning.oracle import OracleGrid
+from flawmap.tuning.criterion import Compared, Criterion
+from flawmap.tuning.live_points import compare_live, live_figures, live_points
+from flawmap.tuning.oracle import OracleGrid, test_samples
+from flawmap.tuning.outcome import Point, Tuning, in_words
+from flawmap.tuning.scorer import Scorer
 from flawmap.tuning.sweep import Sweep, labelled
+from flawmap.tuning.synthetic import DEFECTS, FEWEST, synthetic_images
 
 log = logging.getLogger(__name__)
 
