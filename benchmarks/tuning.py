@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median
 
 from flawmap import FlawmapError
-from flawmap.tuning.criterion import in_words
+from flawmap.tuning.outcome import in_words
 from flawmap.tuning.refitting import tune_fit
 from flawmap.tuning.sweep import FIGURES
 from quality import data_sets

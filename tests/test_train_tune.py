@@ -15,11 +15,13 @@ from flawmap.imaging.image_files import digest
 from flawmap.imaging.preparation import Preparation
 from flawmap.imaging.preprocessing import Preprocessing
 from flawmap.synthesis import DEFAULTS, synthesize
-from flawmap.tuning import criterion, refitting
-from flawmap.tuning.criterion import Compared, Criterion, in_words, synthetic_images
+from flawmap.tuning import refitting, synthetic
+from flawmap.tuning.criterion import Compared, Criterion
 from flawmap.tuning.oracle import OracleGrid
+from flawmap.tuning.outcome import in_words
 from flawmap.tuning.refitting import tune_fit
 from flawmap.tuning.sweep import Batch
+from flawmap.tuning.synthetic import synthetic_images
 
 SMALL = {"image_size": 64, "engine": "torch", "deep_levels": (), "min_vectors": 40}
 
@@ -165,7 +167,7 @@ def test_defects_are_of_other_kinds_than_those_trained_on(good, monkeypatch):
         drawn.append(settings)
         return synthesize(*arguments, settings=settings, **others)
 
-    monkeypatch.setattr(criterion, "synthesize", synthesized)
+    monkeypatch.setattr(synthetic, "synthesize", synthesized)
     list(synthetic_images(good[:2], preparation(64), 0, frozenset({"texture", "scar"})))
     assert set(drawn[0].kinds) == {"image", "rearranged", "cutpaste"}
     assert drawn == [replace(DEFAULTS, kinds=drawn[0].kinds)] * 8

@@ -22,7 +22,9 @@ from flawmap.learning.data import Progress
 from flawmap.learning.fitting import SHORT
 from flawmap.line import Inspector
 from flawmap.line.exported import inspector_of
-from flawmap.tuning.criterion import FEWEST, Criterion, Scorer, synthetic_images
+from flawmap.tuning.criterion import Criterion
+from flawmap.tuning.scorer import Scorer
+from flawmap.tuning.synthetic import FEWEST, synthetic_images
 
 _QUANTISED = ("Conv", "Gemm", "MatMul")
 _BACKBONE = re.compile(r"/(backbone|tuned)/network/")
@@ -175,14 +177,7 @@ def _calibration(inspector: Inspector, images: Sequence[Path], before: Calibrati
 def _stand_out(inspector: Inspector, images: Sequence[Path], detector: Detector, progress: Progress) -> float:
     """The tuning criterion: how well synthetic defects stand out, 0..1."""
 
-    def score(
-        inputs: NDArray[Any], inside: NDArray[np.float32] | None
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        *maps, scores, _ = inspector.engine(inputs, inside)
-        return maps[0][:, 0] if maps else np.zeros((len(scores), 1, 1), np.float32), scores
-
-    criterion = Criterion(inspector.card.localises)
-    scorer = Scorer(score, inspector.card.preparation)
+    scorer, criterion = Scorer(inspector), Criterion(inspector.card.localises)
     preparation = inspector.card.preparation
     for batch in scorer.scored(synthetic_images(images, preparation, 0, detector.method_.trained_on)):
         criterion.update(batch, scorer.labels)

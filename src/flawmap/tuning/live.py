@@ -13,19 +13,12 @@ from flawmap.errors import FlawmapError
 from flawmap.imaging.image_files import digest
 from flawmap.learning.data import Progress, quiet
 from flawmap.learning.fitting import SHORT
-from flawmap.tuning.criterion import (
-    DEFECTS,
-    FEWEST,
-    Compared,
-    Tuning,
-    compare_live,
-    live_figures,
-    live_points,
-    synthetic_images,
-    test_samples,
-)
-from flawmap.tuning.oracle import OracleGrid
+from flawmap.tuning.criterion import Compared
+from flawmap.tuning.live_points import compare_live, live_figures, live_points
+from flawmap.tuning.oracle import OracleGrid, test_samples
+from flawmap.tuning.outcome import Tuning
 from flawmap.tuning.sweep import Sweep, labelled
+from flawmap.tuning.synthetic import DEFECTS, FEWEST, synthetic_images
 
 _ENOUGH = 20  # good images to tune on
 

@@ -9,8 +9,9 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-from flawmap.datasets import Dataset
+from flawmap.datasets import Dataset, Sample
 from flawmap.detector import Detector
+from flawmap.errors import FlawmapError
 from flawmap.imaging.decoding import read_image
 from flawmap.imaging.image_files import digest
 from flawmap.learning.data import Progress, quiet
@@ -117,6 +118,17 @@ def oracle_grid(
             figures.append(sweep.figures(moved))
             progress("oracle grid", done, len(points))
     return OracleGrid(points, figures)
+
+
+def test_samples(source: str | Path | Dataset | Sequence[str | Path], category: str | None) -> list[Sample]:
+    """The labelled test images that an oracle is measured on.
+
+    Raises:
+        FlawmapError: there are none.
+    """
+    if not isinstance(source, (str, Path, Dataset)):
+        raise FlawmapError("an oracle needs labelled test images: give a data set, not a list of good images")
+    return labelled_samples(source, category)[1]
 
 
 def oracle_table(grid: OracleGrid, current: Mapping[str, float]) -> str:

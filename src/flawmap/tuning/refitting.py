@@ -23,23 +23,13 @@ from flawmap.learning.data import Announce, Progress, quiet, silent
 from flawmap.learning.good_scores import calibration_images
 from flawmap.learning.workspace import refuse_interrupted
 from flawmap.methods import Method, method_class
-from flawmap.tuning.criterion import (
-    DEFECTS,
-    FEWEST,
-    Compared,
-    Criterion,
-    Point,
-    Scorer,
-    Tuning,
-    compare_live,
-    in_words,
-    live_figures,
-    live_points,
-    synthetic_images,
-    test_samples,
-)
-from flawmap.tuning.oracle import OracleGrid
+from flawmap.tuning.criterion import Compared, Criterion
+from flawmap.tuning.live_points import compare_live, live_figures, live_points
+from flawmap.tuning.oracle import OracleGrid, test_samples
+from flawmap.tuning.outcome import Point, Tuning, in_words
+from flawmap.tuning.scorer import Scorer
 from flawmap.tuning.sweep import Sweep, labelled
+from flawmap.tuning.synthetic import DEFECTS, FEWEST, synthetic_images
 
 log = logging.getLogger(__name__)
 
@@ -294,9 +284,8 @@ def _measure(
     method, preparation = detector.method_, detector.preparation_
     images = synthetic_images(held_out, preparation, detector.seed, method.trained_on)
     most = len(held_out) * (1 + DEFECTS)
-    engine = detector.extraction_engine()
     if method.live:
-        shared = (preparation, engine, detector.device, progress)
+        shared = (preparation, detector.extraction_engine(), detector.device, progress)
         figures = []
         with Sweep(method, images, most, *shared) as sweep:
             values, seen = compare_live(method, sweep, points, progress)
@@ -305,12 +294,12 @@ def _measure(
             with Sweep(method, (labelled(sample) for sample in samples), len(samples), *shared) as sweep:
                 figures = live_figures(method, sweep, points, progress)
         return _Measured(values, seen, labels, figures)
-    scorer, criterion = Scorer(method, preparation, engine, detector.device), Criterion(method.localises)
+    scorer, criterion = Scorer(detector.inspector()), Criterion(method.localises)
     for batch in scorer.scored(images):
         criterion.update(batch, scorer.labels)
         progress("synthetic defects", len(scorer.labels), most)
     found, shown = criterion.values(scorer.labels)
-    tested = Scorer(method, preparation, engine, detector.device)
+    tested = Scorer(detector.inspector())
     return _Measured(found[None], shown[None], scorer.labels, [tested.figures(samples, progress)] if samples else [])
 
 
