@@ -570,8 +570,7 @@ class Detector:
             if len(detector.capture_limits_.centre) not in (0, sum(backbone.channels[i] for i in backbone.medium)):
                 raise ValueError("the captures' embedding has another length than the backbone's")
         except Exception as error:  # what a forged header may break is not to be foreseen
-            reason = shorten(str(error), 160)  # PyTorch's spreads over lines and names every tensor
-            raise FlawmapError(f"{path} does not fit this flawmap ({reason}): train again") from error
+            raise _unfit(path, error) from error
         return detector
 
 
@@ -597,6 +596,23 @@ def source_name(source: str | Path | Dataset | Sequence[str | Path]) -> str:
     if isinstance(source, Dataset):
         return str(source.root)
     return str(source) if isinstance(source, (str, Path)) else "the list"
+
+
+def read_card(path: Path) -> tuple[ModelCard, dict[str, Any]]:
+    """What `flawmap.line.inspector.read_card` gives for a model file."""
+    tensors, metadata, digest = read_model(path)
+    arrays = {k.removeprefix(_PREPARATION): v.numpy() for k, v in tensors.items() if k.startswith(_PREPARATION)}
+    try:
+        card = ModelCard.from_json(metadata, arrays)
+        live = method_class(card.method).live if "latents" in metadata else ()
+    except Exception as error:  # what a forged header may break is not to be foreseen
+        raise _unfit(path, error) from error
+    return card, {"kind": "a model of the lab", "digest": digest, "live": list(live)}
+
+
+def _unfit(path: str | Path, error: Exception) -> FlawmapError:
+    reason = shorten(str(error), 160)  # PyTorch's spreads over lines and names every tensor
+    return FlawmapError(f"{path} does not fit this flawmap ({reason}): train again")
 
 
 def load_inspector(path: Path, *, engine: str, device: str, threads: int | None) -> Inspector:

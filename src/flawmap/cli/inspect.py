@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Iterable
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,9 @@ import click
 if TYPE_CHECKING:
     from flawmap.judging.inspection import Inspection
     from flawmap.report.overlays import HeatScale
+
+SCHEMA = 1
+"""Of a JSON line: it grows by further keys, and is counted up where one changes its meaning or goes."""
 
 _COLUMNS = ("path", "verdict", "score", "p_value", "threshold", "regions", "milliseconds", "error")
 
@@ -53,12 +57,12 @@ def inspect_command(
     engine: str,
     device: str,
 ) -> int:
-    """Inspect image files and folders with a trained MODEL.
+    """Inspect image files and folders with a trained MODEL, .safetensors or .onnx.
 
     With -o, each image gets a heatmap <name>_overlay.png and a 16-bit map <name>_map.png, below the same folders.
     """
+    from flawmap.cli.options import check_output, parse_settings
     from flawmap.cli.progress import quiet_libraries
-    from flawmap.cli.train import check_output, parse_settings
 
     quiet_libraries()
     moved: dict[str, Any] = dict(parse_settings(settings))
@@ -84,28 +88,30 @@ def inspect_command(
     if not any(path.exists() for path, _ in found):
         raise FlawmapError(f"{found[0][0]} does not exist: check the path")
 
-    from flawmap.detector import Detector
+    from flawmap.line import Inspector
 
-    detector = Detector.load(model, engine=engine, device=device)
+    inspector = Inspector.load(model, engine=engine, device=device)
     if moved:
-        detector = detector.with_settings(**moved)
+        inspector = inspector.with_settings(**moved)
     if max_false_reject is not None:
-        detector = detector.with_threshold(max_false_reject=max_false_reject, guarantee=guarantee)
+        inspector = inspector.with_threshold(max_false_reject=max_false_reject, guarantee=guarantee)
     elif guarantee is not None:
-        detector = detector.with_threshold(max_false_reject=detector.max_false_reject, guarantee=guarantee)
+        inspector = inspector.with_threshold(max_false_reject=inspector.judge.max_false_reject, guarantee=guarantee)
     elif threshold is not None:
-        detector = detector.with_threshold(threshold=threshold)
-    write = _Writer(form, max(len(str(path)) for path, _ in found))
-    click.echo(detector.threshold_.describe(), err=True)
-    if not detector.method_.localises and (output is not None or coco is not None):
-        click.echo(f"flawmap: {detector.method} says nothing of where a flaw is: no heatmaps and regions", err=True)
+        inspector = inspector.with_threshold(threshold=threshold)
+    assert inspector.judge.threshold is not None
+    write = _Writer(form, max(len(str(path)) for path, _ in found), inspector.digest)
+    click.echo(inspector.judge.threshold.describe(), err=True)
+    if not inspector.card.localises and (output is not None or coco is not None):
+        method = inspector.card.method
+        click.echo(f"flawmap: {method} says nothing of where a flaw is: no heatmaps and regions", err=True)
         output = None
     if output is not None:
         make_folder(output)
     counts = {"good": 0, "defect": 0, "error": 0}
     unjudged: list[Inspection] = []
     kept: list[Inspection] = []
-    for (path, name), inspection in zip(found, detector.stream(path for path, _ in found), strict=True):
+    for (path, name), inspection in zip(found, inspector.stream(path for path, _ in found), strict=True):
         assert inspection.verdict is not None
         counts[inspection.verdict] += 1
         if inspection.verdict == "error":
@@ -114,7 +120,7 @@ def inspect_command(
             unjudged.append(inspection)
         write(inspection)
         if output is not None and inspection.verdict != "error":
-            draw(output / name, path, inspection, detector.heat_scale())
+            draw(output / name, path, inspection, inspector.heat_scale())
         if coco is not None:
             kept.append(inspection.without_map())
     if coco is not None:
@@ -136,8 +142,8 @@ def inspect_command(
 class _Writer:
     """Prints one inspection at a time, so that a long run can be followed and piped."""
 
-    def __init__(self, form: str, width: int) -> None:
-        self.form, self.width = form, width
+    def __init__(self, form: str, width: int, model: str | None) -> None:
+        self.form, self.width, self.model = form, width, model
         if form == "csv":
             self._row(_COLUMNS)
         elif form == "table":
@@ -146,7 +152,8 @@ class _Writer:
     def __call__(self, inspection: Inspection) -> None:
         values = inspection.to_json()
         if self.form == "jsonl":
-            click.echo(json.dumps(values))
+            judged = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+            click.echo(json.dumps({"schema": SCHEMA, "time": judged, "model": self.model, **values}))
         elif self.form == "csv":
             values["regions"] = len(values["regions"])
             self._row(["" if values[column] is None else values[column] for column in _COLUMNS])

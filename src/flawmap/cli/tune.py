@@ -43,8 +43,8 @@ def tune_command(
     Synthetic defects are made in good images of DATA that MODEL was not fitted on; the settings at which they stand out
     most are written to a new model file, calibrated on good images that did not serve the choice.
     """
+    from flawmap.cli.options import check_output, parse_grid
     from flawmap.cli.progress import ProgressLines, quiet_libraries
-    from flawmap.cli.train import check_output, parse_grid
 
     quiet_libraries()
     check_output(output)

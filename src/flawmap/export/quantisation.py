@@ -95,8 +95,8 @@ def quantise(
         "scores": calibration.scores.tolist(),
         "peaks": calibration.peaks.tolist(),
     }
-    times = _timed([whole, eighth])
-    found = Quantised(before, after, *times, _vnni(), len(calibration.scores), eighth.engine.name)
+    full, short = _timed([whole, eighth])
+    found = Quantised(before, after, full, short, _vnni(), len(calibration.scores), eighth.engine.name)
     return quantised, {**content, "calibration": kept}, found
 
 
@@ -105,7 +105,7 @@ def _parted(detector: Detector, images: Sequence[Path]) -> tuple[list[Path], lis
     if not images:
         raise FlawmapError("--precision int8 needs --check FOLDER: good images that were not learnt from, to calibrate")
     fitted, seen = set(detector.training_["fitted"]), set[str]()
-    known, new = [], []
+    known, new = list[Path](), list[Path]()
     for path in images:
         try:
             own = digest(path)[:SHORT]

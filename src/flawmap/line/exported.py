@@ -107,8 +107,18 @@ def load_inspector(path: Path, *, engine: str, device: str, threads: int | None)
     except FlawmapError:
         raise
     except Exception as error:  # what a forged file may break is not to be foreseen
-        reason = shorten(str(error), 160)
-        raise FlawmapError(f"{path} does not fit this flawmap ({reason}): export it again") from error
+        raise _unfit(path, error) from error
+
+
+def read_card(path: Path) -> tuple[ModelCard, dict[str, Any]]:
+    """What `flawmap.line.inspector.read_card` gives for an exported file."""
+    _, content = read_exported(path)
+    try:
+        card = ModelCard.from_json(content, arrays_from_json(content["arrays"]))
+        live = [] if content["live"] is None else list(content["live"]["settings"])
+        return card, {"kind": f"exported, {content['precision']}", "digest": content["model"], "live": live}
+    except Exception as error:  # what a forged file may break is not to be foreseen
+        raise _unfit(path, error) from error
 
 
 def inspector_of(
@@ -126,6 +136,10 @@ def inspector_of(
     judge = Judge.of(card.calibration, card.max_false_reject, card.guarantee)
     mover = None if content["live"] is None else Mover(card, compiled, content["live"], content["model"])
     return Inspector(card, compiled, judge, content["model"], mover)
+
+
+def _unfit(path: Path, error: Exception) -> FlawmapError:
+    return FlawmapError(f"{path} does not fit this flawmap ({shorten(str(error), 160)}): export it again")
 
 
 def arrays_to_json(arrays: Mapping[str, NDArray[Any]]) -> dict[str, Any]:

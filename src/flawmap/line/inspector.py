@@ -80,16 +80,10 @@ class Inspector:
             FlawmapError: the file is missing, damaged, edited or of a newer format, the engine is not installed or
                 cannot run it, or the lab is needed and missing.
         """
-        path = Path(path)
-        reader = _READERS.get(path.suffix.lower())
-        if reader is None:
-            raise FlawmapError(f"{path} is no model: give a .safetensors file of `flawmap train`, or its .onnx export")
-        try:
-            module = import_module(reader)
-        except ModuleNotFoundError as error:
-            raise lab_is_missing(f"{path} is a model of the lab: export it to .onnx there, or", error) from error
-        inspector: Inspector = module.load_inspector(path, engine=engine, device=device, threads=threads)
-        return inspector
+        loaded: Inspector = _reader(Path(path)).load_inspector(
+            Path(path), engine=engine, device=device, threads=threads
+        )
+        return loaded
 
     # Settings and thresholds
 
@@ -253,6 +247,33 @@ class Inspector:
         taken += 1000 * (time.perf_counter() - start)
         scores = [output.score for output in outputs]
         return self.judge.judge(picture.path, scores, maps, picture.placement, taken, reason)
+
+
+def read_card(path: Path) -> tuple[ModelCard, dict[str, Any]]:
+    """What a model file says of its model, which is not made ready to run.
+
+    Returns:
+        The card, and what is known of the file: its `kind`, the `digest` of the model, and `live`, the settings that
+        can be moved.
+
+    Raises:
+        FlawmapError: as `Inspector.load`.
+    """
+    read: tuple[ModelCard, dict[str, Any]] = _reader(path).read_card(path)
+    return read
+
+
+def _reader(path: Path) -> Any:
+    """The module that reads a model file."""
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        raise FlawmapError(f"{path} is no model: give a .safetensors file of `flawmap train`, or its .onnx export")
+    try:
+        return import_module(reader)
+    except ModuleNotFoundError as error:
+        raise lab_is_missing(
+            f"{path} is a model of the lab; `flawmap export` makes an .onnx of it. It", error
+        ) from error
 
 
 @dataclass(frozen=True)

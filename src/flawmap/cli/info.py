@@ -1,0 +1,44 @@
+"""flawmap info"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command("info")
+@click.argument("model", type=click.Path(path_type=Path))
+def info_command(model: Path) -> None:
+    """Say what MODEL holds: method, settings, images learnt from, and what its threshold promises."""
+    from flawmap.cli.progress import quiet_libraries
+
+    quiet_libraries()
+    from flawmap.judging.judge import Judge
+    from flawmap.line.inspector import read_card
+
+    card, known = read_card(model)
+    assert card.calibration is not None
+    judge = Judge.of(card.calibration, card.max_false_reject, card.guarantee)
+    assert judge.threshold is not None
+    preparation, training = card.preparation, card.training
+    height, width = preparation.size
+    lines = {
+        "file": f"{model} ({model.stat().st_size / 1e6:.1f} MB, {known['kind']})",
+        "digest": known["digest"] or "not known",
+        "method": card.method,
+        "settings": ", ".join(f"{key}={value}" for key, value in sorted(card.config.items())),
+        "can be moved": ", ".join(known["live"]) or "nothing",
+        "backbone": f"{card.backbone}, levels {', '.join(card.levels)}, weights {card.backbone_digest[:12]}",
+        "input": f"{height} x {width} pixels (height x width), {preparation.geometry}",
+        "bits": "16" if preparation.preprocessing.deep else "8",
+        "region": "everywhere" if preparation.region is None else "a region of interest",
+        "alignment": "none" if preparation.template is None else "to a template",
+        "learnt from": f"{training['images']} good images, seed {training['seed']}, engine {training['engine']}",
+        "calibration": f"{card.calibration.mode}, {len(card.calibration.scores)} good images",
+        "promise": judge.threshold.describe(),
+        "versions": ", ".join(f"{name} {version}" for name, version in sorted(training["libraries"].items())),
+    }
+    width = max(map(len, lines))
+    for name, text in lines.items():
+        click.echo(f"{name:<{width}}  {text}")

@@ -1,0 +1,36 @@
+"""flawmap validate"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command("validate")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--engine", default="auto", show_default=True, help="auto, openvino, onnxruntime or torch.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+def validate_command(model: Path, folder: Path, engine: str, device: str) -> int:
+    """Hold MODEL against a FOLDER of good images that it has not seen: is what it promised kept, on this machine?"""
+    from flawmap.cli.progress import ProgressLines, quiet_libraries
+
+    quiet_libraries()
+    from flawmap.errors import FlawmapError
+    from flawmap.imaging.image_files import find_images
+    from flawmap.line import Inspector
+    from flawmap.line.validating import validate
+
+    paths = find_images(folder) if folder.is_dir() else [folder]
+    if not paths:
+        raise FlawmapError(f"{folder} holds no images: give a folder of good parts that were not learnt from")
+    inspector = Inspector.load(model, engine=engine, device=device)
+    with ProgressLines() as progress:
+        found = validate(inspector, paths, progress=progress)
+    click.echo(found.describe())
+    for line in found.unjudged:
+        click.echo(f"flawmap: {line}", err=True)
+    if not found.images:
+        return 2
+    return 3 if found.unjudged else 0
