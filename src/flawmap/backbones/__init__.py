@@ -2,16 +2,9 @@
 
 from flawmap.backbones.catalogue import CATALOGUE, DEFAULT_BACKBONE
 from flawmap.backbones.engines import ENGINES, Engine, check_engine, create_engine
-from flawmap.backbones.trunk import (
-    Backbone,
-    create_backbone,
-    default_deep_levels,
-    default_levels,
-    level_names,
-    levels_at,
-    summaries,
-    weights_digest,
-)
+from flawmap.backbones.networks import default_deep_levels, default_levels, level_names, levels_at, summaries
+from flawmap.backbones.trunk import Backbone, create_backbone
+from flawmap.backbones.weights import weights_digest
 
 __all__ = [
     "CATALOGUE",
