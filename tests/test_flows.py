@@ -21,10 +21,10 @@ SUBNETS = {  # name: the subnet, and whether it reads maps
     "relative mlp": (mlp(2.0), False),
     "separate mlps": (partial(Separate, mlp(8)), False),
     "3x3 3x3": (convolutions(), True),
-    "3x3 1x1 linear": (convolutions((3, 1), ratio=1.5, activation=False), True),
-    "CBAM between": (convolutions((3, 3), attention=(1,), reduction=2), True),
-    "CBAM before": (convolutions((3,), attention=(0,), reduction=2), True),
-    "CBAM behind": (convolutions((3,), attention=(1,), reduction=2), True),
+    "3x3 3x3 linear": (convolutions(ratio=1.5, activation=False), True),
+    "CBAM between": (convolutions("CAC", reduction=2), True),
+    "CBAM before": (convolutions("AC", reduction=2), True),
+    "CBAM behind": (convolutions("CA", reduction=2), True),
     "separate convolutions": (partial(Separate, convolutions()), True),
 }
 ALONE = {  # act on each position alone: on vectors as well as on maps
@@ -74,14 +74,14 @@ def fastflow(c, k, steps=4):
         for i in range(steps)
         for block in (
             Mixing(c, "permutation"),
-            Coupling(c, convolutions((1, 1) if i % 2 else (3, 3)), condition=k, clamp="tanh"),
+            Coupling(c, convolutions(side=1 if i % 2 else 3), condition=k, clamp="tanh"),
             ActNorm(c, start="identity"),
         )
     )
 
 
 def attentive(c, k, steps=2):
-    subnet = convolutions(attention=(1,), reduction=2)
+    subnet = convolutions("CAC", reduction=2)
     return Flow(
         block
         for _ in range(steps)
@@ -300,13 +300,13 @@ def test_subnet_shapes():
     assert shapes(mlp(7, layers=3)(4, 6)) == [(7, 4), (7,), (7, 7), (7,), (6, 7), (6,)]
     assert shapes(mlp(2.0)(4, 6)) == [(8, 4), (8,), (6, 8), (6,)]
     assert shapes(mlp(7, layers=1)(4, 6)) == [(6, 4), (6,)]
-    assert shapes(convolutions((3, 1), ratio=0.5)(4, 6)) == [(2, 4, 3, 3), (2,), (6, 2, 1, 1), (6,)]
+    assert shapes(convolutions(side=1, ratio=0.5)(4, 6)) == [(2, 4, 1, 1), (2,), (6, 2, 1, 1), (6,)]
     cbam = [(2, 32, 1, 1), (32, 2, 1, 1), (1, 2, 7, 7)]
     first, second = [(32, 32, 3, 3), (32,)], [(64, 32, 3, 3), (64,)]
-    assert shapes(convolutions(attention=(1,))(32, 64)) == first + cbam + second
-    assert shapes(convolutions((3,), attention=(0,))(32, 64)) == cbam + second
+    assert shapes(convolutions("CAC")(32, 64)) == first + cbam + second
+    assert shapes(convolutions("AC")(32, 64)) == cbam + second
     behind = [(4, 64, 1, 1), (64, 4, 1, 1), (1, 2, 7, 7)]
-    assert shapes(convolutions((3,), attention=(1,))(32, 64)) == second + behind
+    assert shapes(convolutions("CA")(32, 64)) == second + behind
     assert shapes(Separate(mlp(7), 4, 6)) == 2 * [(7, 4), (7,), (3, 7), (3,)]
 
 
@@ -460,7 +460,7 @@ def test_log_determinant_is_the_sum_over_positions(name):
 def test_positions_stand_alone_where_kernels_are_one(channels, batch, height, width, seed):
     """What a position adds to the log-determinant is then the log-determinant of its own Jacobian."""
     torch.manual_seed(seed)
-    coupling = partial(Coupling, channels, convolutions((1, 1)), condition=2, two_sided=True)
+    coupling = partial(Coupling, channels, convolutions(side=1), condition=2, two_sided=True)
     flow = randomised(Flow([ActNorm(channels), Mixing(channels), coupling(), Mixing(channels, "lu"), coupling()]))
     x, condition = torch.randn(batch, channels, height, width), torch.randn(batch, 2, height, width)
 
@@ -508,7 +508,7 @@ def test_cbam_is_that_of_timm(spatial_first):
         orders = [theirs(x), theirs.channel(theirs.spatial(x))]
         torch.testing.assert_close(ours(x), orders[spatial_first])
     assert not torch.allclose(*orders, rtol=1e-3)
-    subnet = convolutions(attention=(0, 1, 2), spatial_first=spatial_first)(32, 64)
+    subnet = convolutions("ACACA", spatial_first=spatial_first)(32, 64)
     assert [part.spatial_first for part in subnet if isinstance(part, CBAM)] == 3 * [spatial_first]
 
 
@@ -603,7 +603,7 @@ def test_parity_with_freia_all_in_one_block(mixing, shape, condition, channels):
 def test_parity_with_freia_glow_coupling(clamp, bound, activation, shape, condition, channels):
     """Its release 0.2 bounds by c f(a), where its older ones, and the papers, have c f(a / c): the same at c = 1."""
     modules = pytest.importorskip("FrEIA.modules")
-    subnet = convolutions((3, 3), attention=(1,), zero=False) if shape else mlp(8, layers=3, zero=False)
+    subnet = convolutions("CAC", zero=False) if shape else mlp(8, layers=3, zero=False)
     theirs = modules.GLOWCouplingBlock(
         [(channels, *shape)],
         [(condition, *shape)] if condition else [],
@@ -643,7 +643,7 @@ def compare(ours, theirs, x, condition):
 
 def test_heavy_tails_do_not_break_training():
     """Eight blocks on maps without variance: single values are hundreds of times the typical one."""
-    subnets = [convolutions((3, 3), attention=(1,), reduction=2), convolutions((1, 1))]
+    subnets = [convolutions("CAC", reduction=2), convolutions(side=1)]
     torch.set_default_dtype(torch.float32)
     flow = Flow(
         block for i in range(8) for block in (ActNorm(8), Mixing(8, "permutation"), Coupling(8, subnets[i % 2]))

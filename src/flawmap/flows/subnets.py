@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -33,10 +32,10 @@ def mlp(hidden: int | float, *, layers: int = 2, zero: bool = True) -> Subnet:
 
 
 def convolutions(
-    kernels: Sequence[int] = (3, 3),
+    layers: str = "CC",
     *,
+    side: int = 3,
     ratio: float = 1.0,
-    attention: Sequence[int] = (),
     reduction: int = 16,
     spatial_first: bool = False,
     activation: bool = True,
@@ -45,9 +44,9 @@ def convolutions(
     """Convolutions on maps, and CBAM among them.
 
     Args:
-        kernels: side of each convolution.
-        ratio: width between them over the input's.
-        attention: CBAM stands before the convolutions of these positions; len(kernels) is behind the last.
+        layers: in order, C for a convolution, at least one, and A for CBAM, as CAINNFlow names its couplings.
+        side: of the convolutions' kernels.
+        ratio: width between convolutions over the input's.
         reduction: of the channel attention.
         spatial_first: the order of CBAM's two attentions.
         activation: ReLU behind every convolution but the last.
@@ -55,14 +54,19 @@ def convolutions(
     """
 
     def make(inputs: int, outputs: int) -> nn.Module:
-        width = max(1, int(ratio * inputs))
-        sizes = [inputs, *[width] * (len(kernels) - 1), outputs]
+        between = max(1, int(ratio * inputs))
+        width = inputs  # so far
         parts: list[nn.Module] = []
-        for i, side in enumerate(kernels):
-            parts += [CBAM(sizes[i], reduction, spatial_first=spatial_first)] if i in attention else []
-            parts.append(nn.Conv2d(sizes[i], sizes[i + 1], side, padding=side // 2))
-            parts += [nn.ReLU()] if activation and i + 1 < len(kernels) else []
-        parts += [CBAM(outputs, reduction, spatial_first=spatial_first)] if len(kernels) in attention else []
+        for i, layer in enumerate(layers):
+            if layer == "A":
+                parts.append(CBAM(width, reduction, spatial_first=spatial_first))
+            elif "C" in layers[i + 1 :]:
+                parts.append(nn.Conv2d(width, between, side, padding=side // 2))
+                parts += [nn.ReLU()] if activation else []
+                width = between
+            else:
+                parts.append(nn.Conv2d(width, outputs, side, padding=side // 2))
+                width = outputs
         return nn.Sequential(*_zeroed(parts, zero))
 
     return make

@@ -44,9 +44,6 @@ from flawmap.flows import ActNorm, Block, Clamp, Coupling, Flow, Mixing, Separat
 from flawmap.methods.blocks.smoothing import Enlarge, largest, on_grid
 from flawmap.methods.contract import Config, Method, Optimise, Stage, epochs_within
 
-_ATTENTION = {"CAC": (2, (1,)), "CA": (1, (1,)), "AC": (1, (0,)), "CC": (2, ())}
-"""How many convolutions, and before which CBAM stands: Eqs. 11, 9, 10 and 12."""
-
 
 class CAINNFlowConfig(Config):
     """Settings of CAINNFlow."""
@@ -56,7 +53,9 @@ class CAINNFlowConfig(Config):
         None, description="further levels of the image score; known ones if unset"
     )
     stride: int = Field(16, ge=1, description="input pixels between positions of the finest level, at most 16")
-    subnet: Literal["CAC", "CA", "AC", "CC"] = Field("CAC", description="C: convolution, A: CBAM (Eqs. 9 to 12)")
+    subnet: Literal["CAC", "CA", "AC", "CC"] = Field(
+        "CAC", description="C: convolution, A: CBAM (Eqs. 11, 9, 10 and 12)"
+    )
     steps: int = Field(2, ge=1, description="flow steps on each level")
     alternate: bool = Field(False, description="every second step has 1 x 1 convolutions")
     two_sided: bool = Field(True, description="a step changes both halves of the channels (Eq. 1)")
@@ -165,11 +164,10 @@ class CAINNFlow(Method):
 
     def _subnet(self, side: int) -> Subnet:
         config = self.config
-        count, attention = _ATTENTION[config.subnet]
         subnet = convolutions(
-            (side,) * count,
+            config.subnet,  # Eqs. 9 to 12
+            side=side,
             ratio=config.hidden,
-            attention=attention,
             reduction=config.reduction,
             spatial_first=config.spatial_first,
             activation=config.activation,

@@ -15,8 +15,7 @@ Where this differs from the paper, and the setting that takes the difference bac
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -25,11 +24,9 @@ from pydantic import Field
 from torch import Tensor
 
 from flawmap.backbones import Backbone, levels_at
+from flawmap.methods.blocks.position_moments import PositionMoments
 from flawmap.methods.blocks.smoothing import Enlarge, on_grid
 from flawmap.methods.contract import Collect, Config, Method, Stage
-
-_POSITIONS = 512  # positions whose sums are one allocation, large enough that freeing it gives memory back
-_AT_ONCE = 64  # positions whose products stay in the cache
 
 
 class PaDiMConfig(Config):
@@ -106,114 +103,69 @@ class PaDiM(Method):
             self.reduce.copy_(torch.eye(available)[chosen])
         else:
             self.reduce.copy_(torch.linalg.qr(torch.randn(available, self.width, generator=generator))[0].T)
-        yield self._moments()
+        yield self._gaussians()
 
     def further_stages(self, images: int) -> Iterator[Stage]:
-        """The moments go on from the sums that mean and covariance stand for."""
-        yield self._moments()
+        """The moments go on from those that mean and whitening stand for."""
+        yield self._gaussians(resume=True)
 
-    def _moments(self) -> Collect:
-        full = self.config.covariance == "full"
-        positions, width = self.mean.shape
-        half = width // 2
-        # A covariance is symmetric: its upper rows and the lower right quarter are all of it.
-        shapes = ((half, width), (width - half, width - half)) if full else ((width,),)
-        parts = [slice(start, min(start + _POSITIONS, positions)) for start in range(0, positions, _POSITIONS)]
-        known = bool(self.images.any())
-        sums: dict[str, Tensor] = {}
-        second: list[list[Tensor]] = []  # for each part; closing frees one after the other
+    def _gaussians(self, *, resume: bool = False) -> Collect:
+        """Mean and covariance of each position's embeddings, and what whitens them."""
+        moments = PositionMoments(*self.mean.shape, diagonal=self.config.covariance == "diagonal")
 
         def update(features: list[Tensor], inside: Tensor | None) -> None:
+            if resume and not moments.begun:
+                moments.resume(self.images, self.mean, lambda at: self._covariance(self._kept(at)))
             x = self.embed(features)  # (P, B, C)
-            scored = None if inside is None else on_grid(inside, self.grid).flatten(1).T[..., None]  # (P, B, 1)
-            if scored is not None:
-                x *= scored
-            if not sums:
-                # (P, C): keeps the sums small, so that their difference keeps its digits.
-                count = x.shape[1] if scored is None else scored.sum(1).clamp_min(1)
-                sums["shift"] = self.mean.clone() if known else x.sum(1) / count
-                sums["first"] = torch.zeros(positions, width, dtype=torch.float64, device=x.device)
-                second.extend(
-                    [torch.zeros(p.stop - p.start, *s, dtype=torch.float64, device=x.device) for s in shapes]
-                    for p in parts
-                )
-                if known:
-                    self._resume_sums(parts, second)
-            x -= sums["shift"][:, None]
-            if scored is None:
-                self.images += x.shape[1]
-            else:
-                x *= scored
-                self.images += scored.sum((1, 2))
-            sums["first"] += x.sum(1)
-            for part, totals in zip(parts, second, strict=True):
-                chunks = (tensor.split(_AT_ONCE) for tensor in (x[part], *totals))
-                for few, *into in zip(*chunks, strict=True):
-                    if full:
-                        into[0] += few[:, :, :half].transpose(1, 2) @ few
-                        into[1] += few[:, :, half:].transpose(1, 2) @ few[:, :, half:]
-                    else:
-                        into[0] += few.square().sum(1)
+            moments.update(x, None if inside is None else on_grid(inside, self.grid).flatten(1).T)
 
         def close(progress: Callable[[int, int], None]) -> None:
-            n = self.images.double().clamp_min(1)[:, None]  # (P, 1)
-            first = sums.pop("first") / n
-            self.mean.copy_(sums.pop("shift") + first)
-            halves = ((half, half), (width - half, width)) if full else ((width,),)
-            kept = [torch.empty(positions, *shape, device=first.device) for shape in halves]
-            for part in parts:
-                rows = zip(
-                    n[part].split(_AT_ONCE),
-                    first[part].split(_AT_ONCE),
-                    zip(*(tensor[part].split(_AT_ONCE) for tensor in kept), strict=True),
-                    zip(*(total.split(_AT_ONCE) for total in second.pop(0)), strict=True),
-                    strict=True,
-                )
-                for count, d, into, totals in rows:
-                    for tensor, whitening in zip(into, self._whitening(d, totals, count), strict=True):
-                        tensor.copy_(whitening)
-                progress(part.stop, positions)
-            if full:
-                self.whiten_upper, self.whiten_lower = kept
-            else:
-                (self.whiten,) = kept
+            self.images.copy_(moments.count)
+            self.mean.copy_(moments.mean())
+            self._reserve()
+            for at, covariance in moments.covariances():  # (p, C, C), or (p, C)
+                self._keep(at, self._whitening(covariance))
+                progress(at.stop, len(self.mean))
 
-        stored = sum(math.prod(shape) for shape in shapes)
-        return Collect("Gaussians", update, close, peak_bytes=8 * positions * stored)
+        return Collect("Gaussians", update, close, peak_bytes=moments.peak_bytes)
 
-    def _resume_sums(self, parts: Sequence[slice], second: list[list[Tensor]]) -> None:
-        """Adds the sums of squares around the mean that the kept covariance stands for: undoes `_whitening`."""
-        half = self.width // 2
-        for part, totals in zip(parts, second, strict=True):
-            degrees = (self.images[part].double() - 1).clamp_min(0)[:, None]
-            if self.config.covariance == "diagonal":
-                totals[0] += degrees * (self.whiten[part].double().square().reciprocal() - self.config.epsilon)
-                continue
-            pairs = (kept[part].double().split(_AT_ONCE) for kept in (self.whiten_upper, self.whiten_lower))
-            rows = zip(*pairs, degrees.split(_AT_ONCE), *(total.split(_AT_ONCE) for total in totals), strict=True)
-            for upper, lower, degree, rows_above, quarter in rows:
-                whiten = torch.cat([F.pad(upper, (0, lower.shape[1])), lower], 1)  # inverse of the Cholesky factor
-                identity = torch.eye(self.width, dtype=torch.float64, device=whiten.device).expand_as(whiten)
-                factor = torch.linalg.solve_triangular(whiten, identity, upper=False)
-                covariance = factor @ factor.transpose(1, 2) - self.config.epsilon * identity
-                covariance *= degree[..., None]
-                rows_above += covariance[:, :half]
-                quarter += covariance[:, half:, half:]
-
-    def _whitening(self, d: Tensor, totals: Sequence[Tensor], n: Tensor) -> tuple[Tensor, ...]:
-        """Inverse root of the unbiased covariance plus epsilon I (Eq. 1), from shifted sums over n (p, 1) images."""
+    def _whitening(self, covariance: Tensor) -> Tensor:
+        """S (p, C, C) -> W, lower triangular, with W^T W = (S + epsilon I)^-1 (Eq. 1); (p, C) of a diagonal."""
         if self.config.covariance == "diagonal":
-            return (((totals[0] - n * d.square()) / (n - 1).clamp_min(1) + self.config.epsilon).rsqrt(),)
-        upper, quarter = totals  # (p, C/2, C), (p, C/2, C/2)
-        half, width = upper.shape[1:]
-        total = torch.cat([upper, torch.cat([upper[:, :, half:].transpose(1, 2), quarter], 2)], 1)  # (p, C, C)
-        n = n[..., None]  # (p, 1, 1)
-        covariance = (total - n * d[:, :, None] * d[:, None]) / (n - 1).clamp_min(1)
-        covariance.diagonal(dim1=1, dim2=2).add_(self.config.epsilon)
-        factor = torch.linalg.cholesky(covariance)
-        identity = torch.eye(width, dtype=torch.float64, device=d.device).expand_as(factor)
-        whiten = torch.linalg.solve_triangular(factor, identity, upper=False)
-        return whiten[:, :half, :half], whiten[:, half:]
+            return (covariance + self.config.epsilon).rsqrt()
+        identity = torch.eye(self.width).to(covariance)
+        factor = torch.linalg.cholesky(covariance + self.config.epsilon * identity)
+        whitening: Tensor = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
+        return whitening
+
+    def _covariance(self, whitening: Tensor) -> Tensor:
+        """W -> S: undoes `_whitening`."""
+        if self.config.covariance == "diagonal":
+            return whitening.square().reciprocal() - self.config.epsilon
+        identity = torch.eye(self.width).to(whitening)
+        factor = torch.linalg.solve_triangular(whitening, identity.expand_as(whitening), upper=False)
+        covariance: Tensor = factor @ factor.transpose(1, 2) - self.config.epsilon * identity
+        return covariance
+
+    def _reserve(self) -> None:
+        """Makes room for W of all positions, in new buffers."""
+        for name in ("whiten",) if self.config.covariance == "diagonal" else ("whiten_upper", "whiten_lower"):
+            kept = self.get_buffer(name)
+            setattr(self, name, kept.new_empty(len(self.mean), *kept.shape[1:]))
+
+    def _keep(self, at: slice, whitening: Tensor) -> None:
+        if self.config.covariance == "diagonal":
+            self.whiten[at] = whitening
+        else:
+            half = self.width // 2
+            self.whiten_upper[at], self.whiten_lower[at] = whitening[:, :half, :half], whitening[:, half:]
+
+    def _kept(self, at: slice) -> Tensor:
+        """W of some positions, in float64."""
+        if self.config.covariance == "diagonal":
+            return self.whiten[at].double()
+        lower = self.whiten_lower[at].double()
+        return torch.cat([F.pad(self.whiten_upper[at].double(), (0, lower.shape[1])), lower], 1)
 
     def score(self, features: list[Tensor], inside: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._score(features, inside, left_out=False)
