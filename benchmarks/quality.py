@@ -63,7 +63,7 @@ def data_sets(names: Sequence[str], shared: Path, folder: Path) -> Iterator[tupl
         elif name == "mtd200":
             dataset = find_dataset(shared / "mtd")
             train = sorted(dataset.train, key=lambda sample: sample.path)[::3][:200]
-            yield name, replace(dataset, train=train), 224
+            yield name, replace(dataset, samples=(*train, *dataset.test)), 224
         else:
             yield name, find_dataset(shared / name), 256
 

@@ -87,6 +87,21 @@ def test_sharpness_of_known_surfaces():
     assert statistic(noise, "sharpness") == pytest.approx(4, rel=0.05)
 
 
+# In the first, a run adds up to more than 16 bits hold.
+@pytest.mark.parametrize("size", [(36_000, 8), (224, 224), (256, 192), (128, 100), (2, 200), (700, 501), (1, 1)])
+@pytest.mark.parametrize("colour", [False, True])
+def test_gradients_are_those_of_pillows_box_filter(size, colour):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(200, 256, (*size, 3) if colour else size, dtype=np.uint8)
+    grey = pixels.mean(2, dtype=np.float32) if colour else pixels.astype(np.float32)
+    factor = min(1, 128 / max(size))
+    target = [max(4, round(side * factor)) for side in size[::-1]]
+    reduced = np.asarray(Image.fromarray(grey).resize(target, Image.Resampling.BOX), np.float64) / 255
+    energy = (np.diff(reduced, axis=0) ** 2).mean() + (np.diff(reduced, axis=1) ** 2).mean()
+    assert statistic(pixels, "detail") == pytest.approx(energy**0.5, rel=1e-4, abs=1e-6)
+    assert statistic(pixels, "brightness") == pytest.approx(pixels.mean() / 255, abs=2e-3)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_blur_lowers_sharpness_at_any_size(sets, kind):
     pixels = read(sets[kind].train[:1])[0]

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from PIL import Image
 
 from flawmap.errors import FlawmapError
 from flawmap.imaging.arrays import as_pixels
 
 SIDE = 128
-"""Longer side in pixels of the reduced image that brightness, sharpness, detail and colour are measured on."""
+"""Longer side in pixels of the reduced image that sharpness and detail are measured on."""
 
 _BLACK, _WHITE = 0.02, 0.995  # of white: pixels at or below and at or above are clipped
 _TAIL = 1e-4  # share of good images beyond a limit, if their tails fall as an exponential's
@@ -60,7 +60,8 @@ STATISTICS = tuple(statistic.name for statistic in _STATISTICS)
 def capture_statistics(pixels: ArrayLike, white: int = 65535) -> NDArray[np.float64]:
     """What tells a failed capture, whatever the part.
 
-    - black share, white share: of pixels whose brightest colour is clipped, counted on the image as it is, on a grid.
+    - black share, white share: of pixels whose brightest colour is clipped, counted on the image as it is, on a grid of
+      at most `SIDE`.
     - brightness: mean, 0 to 1.
     - sharpness: energy of the gradient at `SIDE` pixels over that at half of them. A step has 0.5 to 1, white
       noise 4 and a smooth shade 0.25, whatever their contrast. It is measured after the reduction because resizing
@@ -81,23 +82,33 @@ def capture_statistics(pixels: ArrayLike, white: int = 65535) -> NDArray[np.floa
     """
     array = as_pixels(pixels)
     top = 255 if array.dtype == np.uint8 else white if array.dtype == np.uint16 else 1
+    if array.dtype == np.uint16:
+        array = np.minimum(array, np.uint16(top))
     height, width = array.shape[:2]
-    grid = array[:: -(-height // 256), :: -(-width // 256)]
-    # Plane by plane: over a last axis of three, NumPy's maximum and mean take ten times as long.
+    grid = array[:: -(-height // SIDE), :: -(-width // SIDE)]
+    # Plane by plane: over a last axis of three, NumPy's maximum and sums take ten times as long.
     brightest = grid if grid.ndim == 2 else np.maximum(np.maximum(grid[..., 0], grid[..., 1]), grid[..., 2])
-    reduced = np.minimum(_reduce(array) / top, 1)
-    planes = [reduced] if reduced.ndim == 2 else [reduced[..., channel] for channel in range(3)]
-    grey = planes[0] if len(planes) == 1 else (planes[0] + planes[1] + planes[2]) / 3
-    red, green, blue = [float(plane.mean()) for plane in planes] * (3 // len(planes))
+    black, clipped = _BLACK * top, _WHITE * top
+    if top > 1:  # a limit that is no integer would turn every pixel into a float
+        black, clipped = math.floor(black), math.ceil(clipped)
+    factor = min(1.0, SIDE / max(height, width))
+    down, across = (_Runs.of(side, max(4, round(side * factor))) for side in (height, width))
+    lines = down.sums(array.reshape(height, -1), 0).reshape(-1, *array.shape[1:])  # (rows, W[, 3])
+    means = lines.sum(0, dtype=np.float32).reshape(width, -1).mean(0) / (down.weights.sum() * top)  # (1,) or (3,)
+    red, green, blue = np.broadcast_to(means, 3).tolist()
+    total = lines if lines.ndim == 2 else lines[..., 0] + lines[..., 1] + lines[..., 2]  # (rows, W)
+    grey = across.sums(total, 1).astype(np.float32)  # (rows, columns)
+    grey /= down.weights[:, None] * np.float32(len(means) * top)
+    grey /= across.weights
     fine = _gradient_energy(grey)
-    rows, columns = grey.shape[0] // 2, grey.shape[1] // 2
-    even = grey[: 2 * rows, : 2 * columns]
-    half = (even[::2, ::2] + even[1::2, ::2] + even[::2, 1::2] + even[1::2, 1::2]) / 4
+    even = grey[: len(grey) // 2 * 2, : grey.shape[1] // 2 * 2]
+    half = even[::2] + even[1::2]
+    half = (half[:, ::2] + half[:, 1::2]) / 4
     return np.array(
         [
-            (brightest <= _BLACK * top).mean(),
-            (brightest >= _WHITE * top).mean(),
-            grey.mean(),
+            np.count_nonzero(brightest <= black) / brightest.size,
+            np.count_nonzero(brightest >= clipped) / brightest.size,
+            (red + green + blue) / 3,
             (fine + 1e-6) / (_gradient_energy(half) + 1e-6),
             math.sqrt(fine),
             red - green,
@@ -106,23 +117,56 @@ def capture_statistics(pixels: ArrayLike, white: int = 65535) -> NDArray[np.floa
     )
 
 
-def _reduce(array: NDArray[Any]) -> NDArray[np.float64]:
-    """At a longer side of at most `SIDE` pixels and a shorter one of at least 4, averaged over whole pixels."""
-    factor = min(1.0, SIDE / max(array.shape[:2]))
-    height, width = (max(4, round(side * factor)) for side in array.shape[:2])
+@dataclass(frozen=True)
+class _Runs:
+    """A side cut into runs of whole pixels, as even as can be, each of which becomes one pixel.
 
-    def resize(pixels: NDArray[Any]) -> NDArray[np.float64]:
-        return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BOX), dtype=np.float64)
+    Pillow's box filter has the same runs, but takes several times as long and rounds to integers on the way.
 
-    if array.dtype == np.uint8:
-        return resize(array)
-    # Pillow has no deeper mode of several channels.
-    deep = array.astype(np.float32)
-    return resize(deep) if deep.ndim == 2 else np.stack([resize(deep[:, :, channel]) for channel in range(3)], 2)
+    Attributes:
+        pixels: of each run one (count,), then of each run another, and so on.
+        last: the last of each run, where some are longer; None where all are of one length.
+        more: 1 for the longer ones, else 0 (count,).
+        weights: how many of its pixels count in each run (count,).
+    """
+
+    pixels: tuple[NDArray[np.int64], ...]
+    last: NDArray[np.int64] | None
+    more: NDArray[np.uint8]
+    weights: NDArray[np.float32]
+
+    @classmethod
+    @lru_cache(64)
+    def of(cls, there: int, count: int) -> _Runs:
+        """For a side of `there` pixels that shall have `count`; the same ones again where that is more."""
+        every, none = np.arange(count), np.zeros(count, np.uint8)
+        if there <= count:
+            return cls(((2 * every + 1) * there // (2 * count),), None, none, np.ones(count, np.float32))
+        first = (2 * every * there + count) // (2 * count)
+        after = np.append(first[1:], there)
+        if there < 2 * count:  # one pixel or two: one counts twice
+            return cls((first, after - 1), None, none, np.full(count, 2, np.float32))
+        least = there // count  # and no run is longer by more than one
+        more = (after - first > least).astype(np.uint8)
+        last = after - 1 if more.any() else None
+        return cls(tuple(first + i for i in range(least)), last, more, (after - first).astype(np.float32))
+
+    def sums(self, array: NDArray[Any], axis: int) -> NDArray[Any]:
+        """(there, M) -> (count, M) over axis 0, or (M, there) -> (M, count) over axis 1."""
+        # Up to 85 pixels of three colours fit 16 bits, with which NumPy adds twice as fast.
+        small = array.dtype == np.uint8 and len(self.pixels) < 85
+        total: NDArray[Any] = array.take(self.pixels[0], axis).astype(np.uint16 if small else np.float32)
+        for pixels in self.pixels[1:]:
+            total += array.take(pixels, axis)
+        if self.last is not None:
+            total += array.take(self.last, axis) * (self.more[:, None] if axis == 0 else self.more)
+        return total
 
 
-def _gradient_energy(grey: NDArray[np.float64]) -> float:
-    return float((np.diff(grey, axis=0) ** 2).mean() + (np.diff(grey, axis=1) ** 2).mean())
+def _gradient_energy(grey: NDArray[np.floating[Any]]) -> float:
+    down, across = grey[1:] - grey[:-1], grey[:, 1:] - grey[:, :-1]
+    # Not by a dot product, which would wake NumPy's threads.
+    return float(np.einsum("hw,hw", down, down) / down.size + np.einsum("hw,hw", across, across) / across.size)
 
 
 @dataclass(frozen=True)
