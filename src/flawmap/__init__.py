@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from flawmap.judging.calibration import Calibration, Threshold
     from flawmap.judging.evaluation import EvaluationReport
     from flawmap.judging.inspection import Inspection, Region
+    from flawmap.line import Inspector
 
 # PyTorch's and NumPy's waiting threads would otherwise spin on the cores that the next library is about to use. A short
 # spin, not none: waking a sleeping thread for each small operation makes PaDiM five times slower. Both are read when
@@ -30,6 +31,7 @@ _PLACES = {
     "FlawmapError": "errors",
     "ImageError": "errors",
     "Inspection": "judging.inspection",
+    "Inspector": "line",
     "Region": "judging.inspection",
     "Threshold": "judging.calibration",
     "find_dataset": "datasets",
@@ -45,6 +47,7 @@ __all__ = [
     "FlawmapError",
     "ImageError",
     "Inspection",
+    "Inspector",
     "Region",
     "Threshold",
     "find_dataset",
@@ -55,6 +58,10 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # Importing torch takes seconds; `flawmap --help` must not.
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("flawmap")
     if name in _PLACES:
         return getattr(import_module(f"flawmap.{_PLACES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
