@@ -320,7 +320,7 @@ def test_engines_agree_on_what_is_inside(fitted, boards, tmp_path, geometry, met
     detector = fitted(geometry, method)
     detector.save(tmp_path / "m")
     other = Detector.load(tmp_path / "m", engine=engine)
-    assert other._inspection_engine().name == engine
+    assert other.inspector().engine.name == engine
     for one, two in zip(other.predict(boards / "test"), detector.predict(boards / "test"), strict=True):
         assert one.verdict == two.verdict
         assert one.score == pytest.approx(two.score, rel=2e-4)
