@@ -131,10 +131,6 @@ class CFA(Method):
     def resolved(cls, config: CFAConfig, backbone: str) -> CFAConfig:
         return config if config.levels else config.model_copy(update={"levels": levels_at(backbone, (4, 8, 16))})
 
-    @classmethod
-    def levels(cls, config: CFAConfig) -> tuple[str, ...]:
-        return config.levels or ()
-
     def patches(self, features: list[Tensor]) -> Tensor:
         """-> (B, h*w, D): all levels, averaged over the neighbourhood, on one grid."""
         side = self.config.pool

@@ -150,10 +150,6 @@ class F2R(Method):
         return config.model_copy(update={"levels": own})
 
     @classmethod
-    def levels(cls, config: F2RConfig) -> tuple[str, ...]:
-        return config.levels or ()
-
-    @classmethod
     def views(cls, config: F2RConfig) -> tuple[int, float]:
         return config.views, config.rotation
 

@@ -77,10 +77,6 @@ class PaDiM(Method):
     def resolved(cls, config: PaDiMConfig, backbone: str) -> PaDiMConfig:
         return config if config.levels else config.model_copy(update={"levels": levels_at(backbone, (4, 8, 16))})
 
-    @classmethod
-    def levels(cls, config: PaDiMConfig) -> tuple[str, ...]:
-        return config.levels or ()
-
     def embed(self, features: list[Tensor]) -> Tensor:
         """-> (P, B, C): reduced patch embeddings, positions first."""
         embedded = torch.zeros((), device=self.reduce.device)

@@ -171,10 +171,6 @@ class PatchCore(Method):
             )
         return config.model_copy(update={"levels": levels or default_levels(backbone), "deep_levels": deep_levels})
 
-    @classmethod
-    def levels(cls, config: PatchCoreConfig) -> tuple[str, ...]:
-        return tuple(dict.fromkeys((*(config.levels or ()), *(config.deep_levels or ()))))
-
     def stages(self, images: int) -> Iterator[Stage]:
         yield self._collect(images)
 

@@ -254,10 +254,6 @@ class Reconstructive(Method):
         return config if config.levels else config.model_copy(update={"levels": levels_at(backbone, (16,))[:1]})
 
     @classmethod
-    def levels(cls, config: Any) -> tuple[str, ...]:
-        return config.levels or ()
-
-    @classmethod
     def halvings(cls, config: Any) -> int:
         """How many times the network halves its input."""
         raise NotImplementedError
