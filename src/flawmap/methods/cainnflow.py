@@ -144,10 +144,6 @@ class CAINNFlow(Method):
             deep = tuple(level for level in default_deep_levels(backbone) if level not in levels)[:1]
         return config.model_copy(update={"levels": levels, "deep_levels": deep})
 
-    @classmethod
-    def levels(cls, config: CAINNFlowConfig) -> tuple[str, ...]:
-        return tuple(dict.fromkeys((*(config.levels or ()), *(config.deep_levels or ()))))
-
     def _flows(self) -> nn.ModuleList:
         """A flow for each level, freshly drawn."""
         return nn.ModuleList(Flow(self._blocks(channels)) for channels in self.backbone.channels)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from flawmap.backbones import Backbone, default_deep_levels, default_levels
 from flawmap.errors import FlawmapError
 from flawmap.methods.blocks.patches import PatchSample, averaged, fused, resized
-from flawmap.methods.blocks.smoothing import Enlarge, on_grid, within
+from flawmap.methods.blocks.smoothing import Enlarge, on_grid, scored_positions, within
 from flawmap.methods.contract import Collect, Config, Method, Stage
 from flawmap.neighbours import k_center_greedy, k_nearest, nearest, search_index
 
@@ -108,7 +108,7 @@ class MemoryBank(nn.Module):
 
     def add(self, pooled: list[Tensor], inside: Tensor | None) -> None:
         assert self.sample is not None
-        self.sample.add(self.patches(pooled), None if inside is None else on_grid(inside, self.grid).flatten(1))
+        self.sample.add(self.patches(pooled), scored_positions(inside, self.grid))
 
     def close(self, generator: torch.Generator, progress: Callable[[int, int], None]) -> None:
         """Standardises the candidates and keeps a coreset of them (Algorithm 1)."""
@@ -170,10 +170,6 @@ class PatchCore(Method):
                 "reweight=true scores a single bank: leave deep_levels unset, or set deep_levels= (none)"
             )
         return config.model_copy(update={"levels": levels or default_levels(backbone), "deep_levels": deep_levels})
-
-    @classmethod
-    def levels(cls, config: PatchCoreConfig) -> tuple[str, ...]:
-        return tuple(dict.fromkeys((*(config.levels or ()), *(config.deep_levels or ()))))
 
     def stages(self, images: int) -> Iterator[Stage]:
         yield self._collect(images)
