@@ -65,8 +65,8 @@ def test_a_moved_detector_is_one_trained_so(drawn, f2r_file, engine):
     found = moved.predict(image)
     assert found.score == pytest.approx(expected.score, rel=1e-2)
     np.testing.assert_allclose(moved.calibration_.scores, trained.calibration_.scores, rtol=2e-2)
-    assert (moved.inspector().engine._session if engine == "onnxruntime" else True) is (
-        loaded.inspector().engine._session if engine == "onnxruntime" else True
+    assert (moved.inspector().engine._sessions if engine == "onnxruntime" else True) is (
+        loaded.inspector().engine._sessions if engine == "onnxruntime" else True
     )
 
 

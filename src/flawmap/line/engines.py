@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flawmap.errors import FlawmapError
+from flawmap.line.pruning import pruned
 
 ENGINES = ("openvino", "onnxruntime", "torch")
 
@@ -97,37 +98,26 @@ def compile_graph(
 
 
 class OnnxEngine:
-    """A graph in onnxruntime."""
+    """A graph in onnxruntime, made ready once for each choice of outputs."""
 
     name = "onnxruntime"
 
     def __init__(self, graph: bytes, outputs: Sequence[str], given: Arrays, threads: int) -> None:
-        import onnxruntime as ort
-
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        self._session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-        self._partly = ort.RunOptions()
-        self._partly.only_execute_path_to_fetches = True
-        self._shapes = {entry.name: entry for entry in self._session.get_inputs()}
-        self._whole = len(outputs) == len(self._session.get_outputs())
+        self._graph, self._threads = graph, threads
+        self._sessions: dict[tuple[str, ...], tuple[Any, set[str]]] = {}
+        self._lock = threading.Lock()
         self.outputs = list(outputs)
         self.given = dict(given)
+        self._for(self.outputs)
 
     def __call__(self, images: NDArray[Any], inside: NDArray[np.float32] | None = None) -> list[NDArray[np.float32]]:
-        inputs = {"images": images, **self.given}
-        if "inside" in self._shapes and inside is not None:
-            inputs["inside"] = inside
-        return self._fetched(inputs, self.outputs, self._whole)
+        inputs = {"images": images, **({} if inside is None else {"inside": inside})}
+        return self.run(inputs, self.outputs)
 
     def run(self, inputs: Arrays, outputs: Sequence[str]) -> list[NDArray[np.float32]]:
-        # An input without a default has to be there, whether or not these outputs need it.
-        missing = {name: _blank(self._shapes[name]) for name in self._shapes if name not in inputs}
-        return self._fetched({**missing, **self.given, **inputs}, outputs, whole=False)
-
-    def _fetched(self, inputs: Arrays, outputs: Sequence[str], whole: bool) -> list[NDArray[np.float32]]:
-        found: list[NDArray[np.float32]] = self._session.run(outputs, inputs, None if whole else self._partly)
+        session, names = self._for(outputs)
+        shown = {name: value for name, value in {**self.given, **inputs}.items() if name in names}
+        found: list[NDArray[np.float32]] = session.run(outputs, shown)
         return found
 
     def moved(self, given: Arrays) -> OnnxEngine:
@@ -135,10 +125,24 @@ class OnnxEngine:
         other.given = {**self.given, **given}
         return other
 
+    def _for(self, outputs: Sequence[str]) -> tuple[Any, set[str]]:
+        """A session, and the names of what it takes."""
+        key = tuple(outputs)
+        with self._lock:
+            if key not in self._sessions:
+                self._sessions[key] = self._session(key)
+            return self._sessions[key]
 
-def _blank(entry: Any) -> NDArray[Any]:
-    shape = [side if isinstance(side, int) else 1 for side in entry.shape]
-    return np.zeros(shape, np.uint8 if entry.type == "tensor(uint8)" else np.float32)
+    def _session(self, outputs: Sequence[str]) -> tuple[Any, set[str]]:
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        options.log_severity_level = 3
+        graph = pruned(self._graph, outputs)
+        session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        entries = [*session.get_inputs(), *session.get_overridable_initializers()]
+        return session, {entry.name for entry in entries}
 
 
 class OpenVinoEngine:

@@ -10,7 +10,7 @@ import base64
 import hashlib
 import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -24,6 +24,7 @@ from flawmap.line.engines import compile_graph
 from flawmap.line.inspector import Inspector
 from flawmap.line.model_card import ModelCard
 from flawmap.line.moving import Mover
+from flawmap.line.protobuf import field, fields, pairs
 
 FORMAT = 1
 LIMIT = 2**31 - 1
@@ -41,8 +42,8 @@ def with_metadata(graph: bytes, content: Mapping[str, Any]) -> bytes:
     """An ONNX model with `content`, JSON without times, durations or paths. Equal arguments give equal bytes."""
     content = {**content, "format": FORMAT}
     content["digest"] = _digest(graph, content)
-    entry = _field(1, _KEY.encode()) + _field(2, _canonical(content).encode())
-    return graph + _field(_METADATA, entry)
+    entry = field(1, _KEY.encode()) + field(2, _canonical(content).encode())
+    return graph + field(_METADATA, entry)
 
 
 def read_exported(path: Path) -> tuple[bytes, dict[str, Any]]:
@@ -61,15 +62,15 @@ def read_exported(path: Path) -> tuple[bytes, dict[str, Any]]:
     if len(whole) > LIMIT:
         raise FlawmapError(f"{path} is larger than an ONNX file can be: export it again")
     try:
-        fields = list(_fields(memoryview(whole)))
-        graphs = [value for number, value, _ in fields if number == _GRAPH]
+        found = list(fields(whole))
+        graphs = [value for number, value, _ in found if number == _GRAPH]
         if len(graphs) != 1:
             raise ValueError("it holds no graph")
     except (ValueError, IndexError) as error:
         raise FlawmapError(f"{path} is not a whole ONNX file ({error}): copy it again, or export again") from error
-    number, entry, start = fields[-1]
+    number, entry, start = found[-1]
     try:
-        pair = {key: bytes(value) for key, value, _ in _fields(entry)}
+        pair = {key: bytes(value) for key, value, _ in fields(entry)}
         if number != _METADATA or pair[1] != _KEY.encode():
             raise KeyError(_KEY)
         content = json.loads(pair[2])
@@ -87,12 +88,10 @@ def read_exported(path: Path) -> tuple[bytes, dict[str, Any]]:
         intact = False
     if not intact:
         raise FlawmapError(f"{path} was changed after its export (its digest differs): copy it again, or export again")
-    domains = {dict(_pairs(value)).get(1, b"") for number, value, _ in fields if number == _OPSETS}
+    domains = {dict(pairs(value)).get(1, b"") for number, value, _ in found if number == _OPSETS}
     if unknown := domains.difference(_KNOWN_DOMAINS):
         raise FlawmapError(f"{path} needs operators of {min(unknown)!r}, which are not run: export it again")
-    if any(
-        _DATA_LOCATION in dict(_pairs(tensor)) for number, tensor, _ in _fields(graphs[0]) if number == _INITIALIZERS
-    ):
+    if any(_DATA_LOCATION in dict(pairs(tensor)) for number, tensor, _ in fields(graphs[0]) if number == _INITIALIZERS):
         raise FlawmapError(f"{path} refers to data outside itself, which is not read: export it again")
     return graph, content
 
@@ -183,62 +182,3 @@ def _digest(graph: bytes, content: Mapping[str, Any]) -> str:
     sha = hashlib.sha256(_canonical(content).encode())
     sha.update(graph)
     return sha.hexdigest()
-
-
-# Protobuf: each field is its number and kind as one varint, then its value.
-
-
-def _field(number: int, value: bytes) -> bytes:
-    return _varint(number << 3 | 2) + _varint(len(value)) + value
-
-
-def _varint(value: int) -> bytes:
-    parts = []
-    while value > 127:
-        parts.append(value & 127 | 128)
-        value >>= 7
-    return bytes([*parts, value])
-
-
-def _fields(message: memoryview | bytes) -> Iterator[tuple[int, memoryview, int]]:
-    """The fields of a message: number, value (the bytes themselves of a number), and where the field starts.
-
-    Raises:
-        ValueError, IndexError: it is cut off or no protobuf message.
-    """
-    message, at = memoryview(message), 0
-    while at < len(message):
-        start = at
-        key, at = _read_varint(message, at)
-        kind = key & 7
-        if kind == 0:
-            end = _read_varint(message, at)[1]
-        elif kind == 2:
-            length, at = _read_varint(message, at)
-            end = at + length
-        elif kind in (1, 5):
-            end = at + (8 if kind == 1 else 4)
-        else:
-            raise ValueError("it is no protobuf message")
-        if end > len(message):
-            raise ValueError("it is cut off")
-        yield key >> 3, message[at:end], start
-        at = end
-
-
-def _pairs(message: memoryview) -> Iterator[tuple[int, bytes]]:
-    """The short fields of a message; long ones without their value."""
-    for number, value, _ in _fields(message):
-        yield number, bytes(value) if len(value) < 1024 else b""
-
-
-def _read_varint(message: memoryview, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = message[at]
-        value |= (byte & 127) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 128:
-            return value, at
-        if shift > 63:
-            raise ValueError("it is no protobuf message")
