@@ -20,8 +20,9 @@ def search_index(vectors: Tensor) -> Tensor:
 
 
 def nearest(queries: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest vector of each query, the first among equals.
+    """The nearest vector of each query.
 
+    Which of several equal vectors is named is not said: a product rounds otherwise at another place of a matrix.
     Its distance is taken from the difference itself: the expanded square has no digits left near zero.
 
     Args:
