@@ -109,8 +109,18 @@ class F2R(Method):
 
     def __init__(self, config: F2RConfig, backbone: Backbone, size: tuple[int, int]) -> None:
         super().__init__(config, backbone, size)
-        self.patches = PatchProjection(config, backbone.channels, backbone.reductions, size)
-        self.grid, self.channels = self.patches.grid, self.patches.outputs  # h, w; c
+        finest = max(config.stride, min(backbone.reductions))
+        self.grid = (round(size[0] / finest), round(size[1] / finest))  # h, w
+        self.patches = PatchProjection(
+            range(len(backbone.channels)),
+            backbone.channels,
+            self.grid,
+            pool=config.patch_pool,
+            standardise=config.standardise,
+            balance=config.balance,
+            components=config.components,
+        )
+        self.channels = self.patches.outputs  # c
         local = min(max(1, round(config.split * self.channels)), self.channels - 1)
         self.parts = (local, self.channels - local)  # of z_l and z_g
         factors = self._factors(*torch.tensor([config.alpha, config.beta]))
