@@ -66,22 +66,12 @@ def test_a_moved_detector_is_one_trained_so(drawn, f2r_file, otherwise, engine):
     image = drawn / "test" / "good" / "001.png"
     loaded.predict(image)  # the graph is made here, and taken over
     moved = loaded.with_settings(alpha=0.3, beta=0.8)
-<<<<<<< ours
-    trained = Detector("f2r", engine="torch", **{**SMALL, "alpha": 0.3, "beta": 0.8}).fit(drawn)
-    expected = trained.predict(image)
-    found = moved.predict(image)
-    assert found.score == pytest.approx(expected.score, rel=1e-2)
-    np.testing.assert_allclose(moved.calibration_.scores, trained.calibration_.scores, rtol=2e-2)
-    assert (moved.inspector().engine._sessions if engine == "onnxruntime" else True) is (
-        loaded.inspector().engine._sessions if engine == "onnxruntime" else True
-=======
     assert torch.equal(moved.method_.vectors, otherwise.method_.vectors)
     assert moved.predict(image).score == pytest.approx(otherwise.predict(image).score, rel=1e-4)
     # latents are kept in half precision
     np.testing.assert_allclose(moved.calibration_.scores, otherwise.calibration_.scores, rtol=1e-3)
-    assert (moved.inspector().engine._session if engine == "onnxruntime" else True) is (
-        loaded.inspector().engine._session if engine == "onnxruntime" else True
->>>>>>> theirs
+    assert (moved.inspector().engine._sessions if engine == "onnxruntime" else True) is (
+        loaded.inspector().engine._sessions if engine == "onnxruntime" else True
     )
 
 
