@@ -256,7 +256,8 @@ def test_arrays_go_through_json():
         assert array.dtype == arrays[name].dtype
 
 
-def test_a_file_that_judges_otherwise_is_not_written(detector, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("output", "name"), [(0, "maps"), (1, "scores"), (2, "embeddings")])
+def test_a_file_that_says_something_else_is_not_written(detector, tmp_path, monkeypatch, output, name):
     real = proof.inspector_of
 
     def spoilt(*arguments, **options):
@@ -264,34 +265,32 @@ def test_a_file_that_judges_otherwise_is_not_written(detector, tmp_path, monkeyp
         engine = inspector.engine
 
         def shifted(images, inside=None):
-            maps, scores, embedding = engine(images, inside)
-            return [maps, np.where(np.arange(len(scores)) == 1, scores + 100, scores), embedding]
+            found = engine(images, inside)
+            found[output] = found[output] * np.float32(1.002)
+            return found
 
         inspector.engine = shifted
         return inspector
 
     monkeypatch.setattr(proof, "inspector_of", spoilt)
-    low = detector.with_threshold(threshold=150.0)
-    export(low, tmp_path / "far.onnx")  # the difference is large, but no verdict hangs on it
-    monkeypatch.setattr(proof, "_held_against", lambda *a: (_ for _ in ()).throw(FlawmapError("judges otherwise")))
-    with pytest.raises(FlawmapError, match="judges otherwise"):
+    with pytest.raises(FlawmapError, match=f"something else: {name} differ by") as caught:
         export(detector, tmp_path / "model.onnx")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["far.onnx"]
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
 
 
-def test_verdicts_that_differ_by_more_than_rounding_are_told():
-    maps, scores, embedding = np.zeros((2, 1, 4, 4), np.float32), np.array([1.0, 3.0], np.float32), np.zeros((2, 1))
-    ours = [maps, scores, embedding]
-    found = proof._held_against("x", [(ours, [maps + 0.5, scores + np.float32(1e-3), embedding])], 2.0)
-    assert (found.images, found.map) == (2, 0.5)
-    assert found.score == pytest.approx(1e-3, rel=1e-3)
-    assert found.score_share == pytest.approx(1e-3 / 3, rel=1e-3)
-    # Two scores change sides, each nearer to the threshold than the largest difference is large.
-    proof._held_against("x", [(ours, [maps, np.array([2.5, 1.5], np.float32), embedding])], 2.0)
-    with pytest.raises(FlawmapError, match="judges otherwise"):
-        proof._held_against("x", [(ours, [maps, np.array([1.0, 1.9], np.float32), embedding])], 1.95 - 1.2)
-    with pytest.raises(FlawmapError, match="no numbers"):
-        proof._held_against("x", [(ours, [maps, np.array([1.0, np.nan], np.float32), embedding])], 2.0)
+def test_the_proof_counts_the_largest_difference():
+    maps, scores = np.zeros((2, 1, 4, 4), np.float32), np.array([1.0, 4.0], np.float32)
+    maps[1, 0, 2, 2] = 8
+    theirs = [maps + np.float32(0.002), scores + np.array([1e-3, 0], np.float32)]
+    found = proof._held_against("x", [([maps, scores], theirs)] * 2, ("map", "score"))
+    assert (found.engine, found.images) == ("x", 4)
+    assert (found.map, found.map_share) == pytest.approx((0.002, 0.00025), rel=1e-3)
+    assert (found.score, found.score_share) == pytest.approx((1e-3, 0.00025), rel=1e-3)
+    assert "4 " in found.describe()
+    assert proof._held_against("x", [([scores], [scores])], ("score",)).map is None
+    with pytest.raises(FlawmapError, match="scores differ"):
+        proof._held_against("x", [([scores], [np.array([np.nan, 4], np.float32)])], ("score",))
 
 
 def test_what_is_too_large_or_has_another_name_is_refused(detector, tmp_path, monkeypatch):

@@ -38,8 +38,8 @@ def export_command(
 ) -> None:
     """Write MODEL as one ONNX file with all that inspection needs: `flawmap inspect` takes it without PyTorch.
 
-    The file is read back and held against MODEL on images before it takes its name. Where a verdict would differ by
-    more than rounding, nothing is written.
+    The file is read back and held against MODEL on images before it takes its name. Where it would say something that
+    rounding does not explain, nothing is written.
     """
     from flawmap.cli.options import check_output, parse_settings
     from flawmap.cli.progress import ProgressLines, quiet_libraries

@@ -22,6 +22,9 @@ from flawmap.learning.data import Progress
 from flawmap.line.engines import available_engines
 from flawmap.line.exported import inspector_of
 
+MOST = 1e-3
+"""Of the largest value, by which a file's may differ: some hundred times what rounding explains."""
+
 
 @dataclass(frozen=True)
 class Proof:
@@ -55,10 +58,11 @@ def prove(
     """Runs images, or drawn ones where there are none, through the detector in torch and through a file as read back.
 
     Raises:
-        FlawmapError: a verdict differs whose score lies farther from the threshold than the largest difference.
+        FlawmapError: scores, maps or embeddings differ by more than `MOST`, so that a verdict may differ whose score
+            does not lie at the threshold.
     """
-    preparation, threshold = detector.preparation_, detector.threshold_.value
-    reference = TorchEngine(detector.graph(), detector.device, preparation.masked)
+    preparation, graph_here = detector.preparation_, detector.graph()
+    reference = TorchEngine(graph_here, detector.device, preparation.masked)
     engines = [name for name in available_engines() if name != "torch"]
     others = [inspector_of(graph, content, engine=name).engine for name in engines]
     inputs = list(model_inputs(images, preparation) if images else _drawn(preparation))
@@ -71,34 +75,32 @@ def prove(
         inside = np.stack([scored[None] for _, scored in part]).astype(np.float32) if preparation.masked else None
         found.append([engine(shown, inside) for engine in (reference, *others)])
         progress("proof", min(number + BATCH, len(inputs)), len(inputs))
-    return [
-        _held_against(name, [(batch[0], batch[i]) for batch in found], threshold) for i, name in enumerate(engines, 1)
-    ]
+    named = enumerate(engines, start=1)
+    return [_held_against(name, [(one[0], one[i]) for one in found], graph_here.outputs) for i, name in named]
 
 
 def _held_against(
-    engine: str, pairs: Sequence[tuple[list[NDArray[np.float32]], list[NDArray[np.float32]]]], threshold: float
+    engine: str, pairs: Sequence[tuple[list[NDArray[np.float32]], list[NDArray[np.float32]]]], names: Sequence[str]
 ) -> Proof:
-    *maps, scores, _ = (np.concatenate(output) for output in zip(*(ours for ours, _ in pairs), strict=True))
-    *other_maps, others, _ = (np.concatenate(output) for output in zip(*(theirs for _, theirs in pairs), strict=True))
-    apart = float(np.abs(scores - others).max())
-    if not np.isfinite(others).all():
-        raise FlawmapError(f"the exported file gives scores that are no numbers with {engine}: please report it")
-    changed = ((scores >= threshold) != (others >= threshold)) & (np.abs(scores - threshold) > apart)
-    if changed.any():
-        worst = int(np.argmax(np.abs(scores - threshold) * changed))
-        raise FlawmapError(
-            f"with {engine} the exported file judges otherwise: score {others[worst]:.6g} for {scores[worst]:.6g}, "
-            f"threshold {threshold:.6g}; nothing was written: please report it"
-        )
-    map_apart = float(np.abs(maps[0] - other_maps[0]).max()) if maps else None
+    """Both sides' outputs, batch by batch; `names` of the outputs."""
+    apart, shares = dict[str, float](), dict[str, float]()
+    for i, name in enumerate(names):
+        ours = np.concatenate([side[i] for side, _ in pairs])
+        theirs = np.concatenate([side[i] for _, side in pairs])
+        apart[name] = float(np.abs(ours - theirs).max())
+        shares[name] = apart[name] / max(float(np.abs(ours).max()), 1e-12)
+        if not shares[name] <= MOST:  # written so that NaN fails
+            raise FlawmapError(
+                f"with {engine} the exported file says something else: {name}s differ by {apart[name]:.3g}, "
+                f"{shares[name]:.1e} of the largest; nothing was written: please report it"
+            )
     return Proof(
         engine,
-        len(scores),
-        apart,
-        map_apart,
-        apart / max(float(np.abs(scores).max()), 1e-12),
-        None if map_apart is None else map_apart / max(float(np.abs(maps[0]).max()), 1e-12),
+        sum(len(side[0]) for side, _ in pairs),
+        apart["score"],
+        apart.get("map"),
+        shares["score"],
+        shares.get("map"),
     )
 
 

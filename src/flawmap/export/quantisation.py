@@ -160,7 +160,13 @@ def _quantised(graph: bytes, inputs: Sequence[NDArray[Any]]) -> bytes:
             reduce_range=not _vnni(),
             nodes_to_quantize=nodes,
         )
-        return made.read_bytes()
+        model = onnx.load(made)
+        used = {node.domain for node in model.graph.node}
+        opsets = [entry for entry in model.opset_import if entry.domain in used]  # the quantiser names many more
+        del model.opset_import[:]
+        model.opset_import.extend(opsets)
+        whole: bytes = model.SerializeToString()
+        return whole
 
 
 def _calibration(inspector: Inspector, images: Sequence[Path], before: Calibration) -> Calibration:

@@ -64,6 +64,13 @@ def check_engine(engine: str) -> None:
         raise FlawmapError(f"engine {engine} is not installed: pip install 'flawmap[{extra}]', or use --engine auto")
 
 
+def check_graph_engine(engine: str) -> None:
+    """`check_engine` for what an ONNX graph is to be run by."""
+    check_engine(engine)
+    if engine == "torch":
+        raise FlawmapError("engine torch does not run exported files: use --engine auto, or the .safetensors model")
+
+
 def cpu_threads() -> int:
     """Threads an engine uses: the cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -89,9 +96,7 @@ def compile_graph(
     Raises:
         FlawmapError: an unknown engine, or one that is not installed or cannot run this graph.
     """
-    check_engine(engine)
-    if engine == "torch":
-        raise FlawmapError("engine torch does not run exported files: use --engine auto, or the .safetensors model")
+    check_graph_engine(engine)
     chosen = available_engines()[0] if engine == "auto" else engine
     made = OpenVinoEngine if chosen == "openvino" else OnnxEngine
     return made(graph, outputs, given or {}, threads or cpu_threads())

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from flawmap.errors import FlawmapError
 from flawmap.judging.judge import Judge
-from flawmap.line.engines import compile_graph
+from flawmap.line.engines import check_graph_engine, compile_graph
 from flawmap.line.inspector import Inspector
 from flawmap.line.model_card import ModelCard
 from flawmap.line.moving import Mover
@@ -100,11 +100,10 @@ def load_inspector(path: Path, *, engine: str, device: str, threads: int | None)
     """What `Inspector.load` gives for an exported file."""
     if device == "cuda":
         raise FlawmapError("an exported file runs on the CPU: use --device auto, or the .safetensors model")
+    check_graph_engine(engine)
     graph, content = read_exported(path)
     try:
         return inspector_of(graph, content, engine=engine, threads=threads)
-    except FlawmapError:
-        raise
     except Exception as error:  # what a forged file may break is not to be foreseen
         raise _unfit(path, error) from error
 
@@ -133,7 +132,11 @@ def inspector_of(
     compiled = compile_graph(graph, engine, outputs=outputs, threads=threads)
     assert card.calibration is not None
     judge = Judge.of(card.calibration, card.max_false_reject, card.guarantee)
-    mover = None if content["live"] is None else Mover(card, compiled, content["live"], content["model"])
+    live, mover = content["live"], None
+    if live is not None:
+        if set(live) != {"settings", "buffers", "images"} or not set(live["settings"]) <= set(card.config):
+            raise ValueError("its live settings are not those of its method")
+        mover = Mover(card, compiled, live, content["model"])
     return Inspector(card, compiled, judge, content["model"], mover)
 
 
