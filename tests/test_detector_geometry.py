@@ -336,7 +336,8 @@ def test_a_tiled_image_scores_as_its_worst_window(fitted, boards, geometry):
         inspection = detector.predict(path)
         placement = inspection.placement
         assert len(inspection.maps) == len(placement.windows) > 1
-        inputs = torch.from_numpy(np.stack(list(detector.preparation_.inputs(pixels, placement))))
+        raw = np.stack(list(detector.preparation_.inputs(pixels, placement)))
+        inputs = torch.from_numpy(detector.preparation_.preprocessing.normalised(raw))
         inside = torch.from_numpy(placement.inside()[:, None]).float()
         each = [float(detector.method_(inputs[i : i + 1], inside[i : i + 1])[1]) for i in range(len(inputs))]
         assert inspection.score == pytest.approx(max(each), rel=1e-5)
