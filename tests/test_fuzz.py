@@ -224,7 +224,7 @@ def header_edits(content, others, rng):
     old, new = (
         (b"F32", b"F16"), (b"F32", b"F64"), (b"I64", b"F64"), (b"[64", b"[65"), (b"0,", b"9,"),
         (b"data_offsets", b"shape"),
-        (b'"flawmap"', b'"flawmat"'), (b'\\"format\\":1', b'\\"format\\":2'), (b"padim", b"patch"), (b"{", b"["),
+        (b'"flawmap"', b'"flawmat"'), (b'\\"format\\":2', b'\\"format\\":3'), (b"padim", b"patch"), (b"{", b"["),
         (b"}", b""), (b":", b":-"), (b"1", b"1e999"), (b"0.", b"NaN"),
     )[rng.integers(14)]  # fmt: skip
     places = [at for at in range(len(text)) if text.startswith(old, at)]
