@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from flawmap.errors import FlawmapError
 from flawmap.imaging.placement import Placement
-from flawmap.judging.calibration import Calibration, Threshold
+from flawmap.judging.calibration import GUARANTEES, Calibration, Threshold
 from flawmap.judging.inspection import Inspection
 
 
@@ -46,12 +47,17 @@ class Judge:
         """With another threshold: one that keeps a rate, or one the user names, which leaves the regions as they are.
 
         Raises:
-            FlawmapError: both or neither are given, a rate outside (0, 1), or there is no calibration.
+            FlawmapError: both or neither are given, a rate outside (0, 1), an unknown guarantee, a threshold that is no
+                number, or there is no calibration.
         """
         if (max_false_reject is None) == (threshold is None):
             raise FlawmapError("give either a false-reject rate or a threshold")
         if max_false_reject is not None and not 0 < max_false_reject < 1:
             raise FlawmapError(f"--max-false-reject must lie between 0 and 1, got {max_false_reject}")
+        if guarantee not in (None, *GUARANTEES):
+            raise FlawmapError(f"unknown guarantee {guarantee}: choose {' or '.join(GUARANTEES)}")
+        if threshold is not None and math.isnan(threshold):  # which no score would reach
+            raise FlawmapError(f"--threshold must be a number, got {threshold}")
         if self.calibration is None:
             raise FlawmapError("a setting was moved without calibrating anew, so no threshold can be had: calibrate")
         if max_false_reject is not None:

@@ -104,8 +104,8 @@ class Inspector:
     def with_settings(self, *, calibrate: bool = True, **settings: Any) -> Inspector:
         """The same inspector with other values of the settings that its method lets move after training.
 
-        It is calibrated anew on what the model file keeps of good images. Without `calibrate` maps and scores follow at
-        once, and p-values and verdicts are None.
+        It is calibrated anew on what the model file keeps of good images, for the false-reject rate asked for last.
+        Without `calibrate` maps and scores follow at once, and p-values and verdicts are None.
 
         Raises:
             FlawmapError: a setting is fixed by training or not valid, or nothing was kept to calibrate from.
@@ -114,7 +114,11 @@ class Inspector:
             raise FlawmapError(
                 f"{self.card.method} has no setting that can be moved after training: train again with --set"
             )
-        return self._mover(settings, calibrate)
+        moved = self._mover(settings, calibrate)
+        rate, guarantee = self.judge.max_false_reject, self.judge.guarantee
+        found = moved.judge.calibration
+        moved.judge = Judge(rate, guarantee) if found is None else Judge.of(found, rate, guarantee)
+        return moved
 
     def heat_scale(self) -> HeatScale | None:
         """What heatmap colours mean, from good images alone; None for methods without a map, or before calibration."""
