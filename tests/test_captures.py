@@ -246,7 +246,8 @@ def embeddings(sets):
     preprocess = Preprocessing((SIZE, SIZE), tuple(backbone.mean), tuple(backbone.std))
 
     def embed(samples):
-        images = torch.from_numpy(np.stack([preprocess(pixels) for pixels in read(samples)]))
+        inputs = np.stack([preprocess(pixels) for pixels in read(samples)])
+        images = torch.from_numpy(preprocess.normalised(inputs))
         with torch.inference_mode():
             return torch.cat([level.mean((2, 3)) for level in backbone(images)], 1).numpy()
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import datetime, timedelta, timezone
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from PIL import Image
 from flawmap import Detector
 from flawmap.cli import VERBS
 from flawmap.methods import METHODS
+from flawmap.model_file import read_model
 
 
 def decode(segmentation):
@@ -53,11 +55,18 @@ def test_train_then_inspect_then_evaluate(flawmap, drawn, tmp_path):
 
 
 def test_inspect_writes_one_json_object_a_line(flawmap, model_file, detector, drawn):
+    before = datetime.now(timezone.utc)
     code, out, _ = flawmap("inspect", model_file, drawn / "test", "--format", "jsonl")
     assert code == 0
+    judged = [datetime.fromisoformat(json.loads(line)["time"]) for line in out.splitlines()]
+    assert before - timedelta(milliseconds=1) <= min(judged)
+    assert judged == sorted(judged)
+    assert max(judged) <= datetime.now(timezone.utc)
     for line, inspection in zip(out.splitlines(), detector.predict(drawn / "test"), strict=True):
         values = json.loads(line)
         assert values.pop("milliseconds") > 0
+        assert values.pop("time")
+        assert (values.pop("schema"), values.pop("model")) == (1, read_model(model_file)[2])
         expected = inspection.to_json()
         expected.pop("milliseconds")
         assert values == expected

@@ -9,7 +9,7 @@ from scipy.ndimage import rotate
 from flawmap import Detector
 from flawmap.backbones import create_backbone
 from flawmap.backbones.tracing import to_onnx
-from flawmap.methods.blocks.reconstruction import focal, ssim
+from flawmap.methods.blocks.pixel_losses import focal, ssim
 from flawmap.methods.draem import DRAEM, Autoencoder, DRAEMConfig, discriminative, rotated
 from synthetic_batches import batch
 

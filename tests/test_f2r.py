@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from feature_maps import LEVELS, SIZE, drawn_features, small_trunk
 from flawmap import Detector, FlawmapError
 from flawmap.backbones import create_backbone, create_engine
+from flawmap.backbones import moved as moved_engine
 from flawmap.flows import ActNorm, Coupling, Mixing
 from flawmap.methods import Collect, Optimise, configure
 from flawmap.methods.blocks.factorisation import covariance
@@ -395,7 +396,7 @@ def test_an_exported_graph_follows_alpha_and_beta(trained, engine):
     started = at(trained, 1.0, 1.0)
     runner = create_engine(started, SIZE, engine, given=F2R.live_buffers)
     for method in (started, at(trained, 1.0, 0.5), at(trained, 0.3, 1.2)):
-        found = runner.moved(method)(images)
+        found = moved_engine(runner, method, F2R.live_buffers)(images)
         with torch.inference_mode():
             expected = method(torch.from_numpy(images))
         for a, b in zip(expected, found, strict=True):

@@ -38,6 +38,12 @@ def f2r_file(f2r, tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def otherwise(drawn):
+    """Trained on the same features as `f2r`, with other live settings from the start."""
+    return Detector("f2r", **{**SMALL, "alpha": 0.3, "beta": 0.8}).fit(drawn)
+
+
 def test_maps_follow_the_settings_and_the_first_detector_stays(f2r, drawn):
     image = drawn / "test" / "good" / "000.png"
     before = f2r.predict(image)
@@ -55,16 +61,15 @@ def test_maps_follow_the_settings_and_the_first_detector_stays(f2r, drawn):
 
 
 @pytest.mark.parametrize("engine", ["torch", "onnxruntime", "openvino"])
-def test_a_moved_detector_is_one_trained_so(drawn, f2r_file, engine):
+def test_a_moved_detector_is_one_trained_so(drawn, f2r_file, otherwise, engine):
     loaded = Detector.load(f2r_file, engine=engine)
     image = drawn / "test" / "good" / "001.png"
     loaded.predict(image)  # the graph is made here, and taken over
     moved = loaded.with_settings(alpha=0.3, beta=0.8)
-    trained = Detector("f2r", engine="torch", **{**SMALL, "alpha": 0.3, "beta": 0.8}).fit(drawn)
-    expected = trained.predict(image)
-    found = moved.predict(image)
-    assert found.score == pytest.approx(expected.score, rel=1e-2)
-    np.testing.assert_allclose(moved.calibration_.scores, trained.calibration_.scores, rtol=2e-2)
+    assert torch.equal(moved.method_.vectors, otherwise.method_.vectors)
+    assert moved.predict(image).score == pytest.approx(otherwise.predict(image).score, rel=1e-4)
+    # latents are kept in half precision
+    np.testing.assert_allclose(moved.calibration_.scores, otherwise.calibration_.scores, rtol=1e-3)
     assert (moved.inspector().engine._sessions if engine == "onnxruntime" else True) is (
         loaded.inspector().engine._sessions if engine == "onnxruntime" else True
     )

@@ -30,8 +30,9 @@ def refused(path, match):
 
 
 def test_what_was_written_is_read(small):
-    tensors, metadata = read_model(small)
-    assert metadata == {**METADATA, "format": 1}
+    tensors, metadata, digest = read_model(small)
+    assert metadata == {**METADATA, "format": 2}
+    assert digest == write_model(small, TENSORS, METADATA) != write_model(small, TENSORS, {})
     assert tensors.keys() == TENSORS.keys()
     for name, tensor in TENSORS.items():
         assert tensors[name].dtype == tensor.dtype
@@ -61,6 +62,7 @@ def test_a_file_cut_off_anywhere_is_refused(small, tmp_path):
 
 def test_any_changed_byte_is_noticed(small, tmp_path):
     whole = small.read_bytes()
+    kept = read_model(small)[2]
     changed = tmp_path / "changed.safetensors"
     random = np.random.default_rng(0)
     for position in range(len(whole)):
@@ -68,13 +70,14 @@ def test_any_changed_byte_is_noticed(small, tmp_path):
         flipped[position] ^= 1 << int(random.integers(8))
         changed.write_bytes(flipped)
         try:
-            tensors, metadata = read_model(changed)
+            tensors, metadata, digest = read_model(changed)
         except FlawmapError as error:
             line = str(error)
             assert "\n" not in line, position
             assert "train" in line, position
         else:  # a flip in the header's padding or spelling changes nothing that is read
-            assert metadata == {**METADATA, "format": 1}, position
+            assert metadata == {**METADATA, "format": 2}, position
+            assert digest == kept, position
             assert all(torch.equal(tensors[name], tensor) for name, tensor in TENSORS.items()), position
 
 
@@ -111,10 +114,11 @@ def test_metadata_holds_no_time_and_no_path(model_file, drawn):
     assert not {"time", "date", "path", "duration", "milliseconds"} & set(json.loads(text))
 
 
-def test_a_newer_format_is_named(small, tmp_path):
-    newer = tmp_path / "newer.safetensors"
-    save_file({"a": torch.zeros(1)}, newer, {"flawmap": json.dumps({"format": 2, "digest": ""})})
-    refused(newer, "format 2.*upgrade flawmap")
+@pytest.mark.parametrize("version", [1, 3])
+def test_another_format_is_named(tmp_path, version):
+    other = tmp_path / "other.safetensors"
+    save_file({"a": torch.zeros(1)}, other, {"flawmap": json.dumps({"format": version, "digest": ""})})
+    refused(other, f"format {version}.*reads 2: upgrade flawmap, or train again")
 
 
 @pytest.mark.parametrize("metadata", [None, {}, {"other": "1"}, {"flawmap": "{"}, {"flawmap": "[]"}, {"flawmap": "3"}])
@@ -172,7 +176,7 @@ def test_metadata_that_is_not_finite_is_not_written(tmp_path):
 
 
 def test_a_model_of_an_unknown_method_is_named(model_file, tmp_path):
-    tensors, metadata = read_model(model_file)
+    tensors, metadata, _ = read_model(model_file)
     write_model(tmp_path / "m.safetensors", tensors, {**metadata, "method": "tomorrow"})
     with pytest.raises(FlawmapError, match="unknown method tomorrow"):
         Detector.load(tmp_path / "m.safetensors")
@@ -180,7 +184,7 @@ def test_a_model_of_an_unknown_method_is_named(model_file, tmp_path):
 
 @pytest.mark.parametrize("change", ["missing tensor", "further tensor", "shape", "missing key", "wrong type"])
 def test_a_well_signed_model_that_does_not_fit_is_refused(model_file, tmp_path, change):
-    tensors, metadata = read_model(model_file)
+    tensors, metadata, _ = read_model(model_file)
     if change == "missing tensor":
         del tensors["bank.index"]
     elif change == "further tensor":

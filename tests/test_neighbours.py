@@ -141,15 +141,17 @@ def test_nearest_with_more_queries_and_vectors_than_a_block(dtype):
     a, b = random.standard_normal((2300, 20)).astype(dtype), random.standard_normal((1337, 20)).astype(dtype)
     distances, indices = nearest(torch.from_numpy(a), search_index(torch.from_numpy(b)))
     reference = cdist(a.astype(np.float64), b.astype(np.float64))
-    np.testing.assert_allclose(distances, reference.min(1), rtol=1e-5)
-    np.testing.assert_array_equal(indices, reference.argmin(1))
+    rtol = 1e-12 if dtype == np.float64 else 1e-5
+    np.testing.assert_allclose(distances, reference.min(1), rtol=rtol)
+    # among vectors as near as float32 can tell, either may be named
+    np.testing.assert_allclose(reference[np.arange(len(a)), indices], reference.min(1), rtol=rtol)
 
 
-def test_members_of_the_bank_are_at_distance_zero_and_the_first_of_equals_is_taken():
+def test_members_of_the_bank_are_at_distance_zero_whichever_of_equals_is_named():
     bank = torch.from_numpy(np.random.default_rng(6).standard_normal((700, 30)).astype(np.float32)).repeat(2, 1)
     distances, indices = nearest(bank[:700], search_index(bank))
     assert (distances == 0).all()
-    np.testing.assert_array_equal(indices, np.arange(700))
+    assert torch.equal(bank[indices], bank[:700])
 
 
 def test_a_large_offset_costs_no_more_than_the_rounding_of_the_norms():

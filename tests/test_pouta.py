@@ -8,7 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from flawmap import Detector
 from flawmap.backbones import create_backbone
 from flawmap.backbones.tracing import to_onnx
-from flawmap.methods.blocks.reconstruction import focal, redraw, ssim
+from flawmap.methods.blocks.encoder_decoder import redraw
+from flawmap.methods.blocks.pixel_losses import focal, ssim
 from flawmap.methods.pouta import POUTA, Guidance, Head, Network, POUTAConfig, vanilla
 from synthetic_batches import batch
 

@@ -11,18 +11,8 @@ from torch import nn
 
 from flawmap import FlawmapError
 from flawmap.backbones import create_backbone
-from flawmap.methods.blocks.reconstruction import (
-    Decoder,
-    Encoder,
-    UNet,
-    bilinear,
-    convolutions,
-    focal,
-    mean_inside,
-    redraw,
-    ssim,
-    transposed,
-)
+from flawmap.methods.blocks.encoder_decoder import Decoder, Encoder, UNet, bilinear, convolutions, redraw, transposed
+from flawmap.methods.blocks.pixel_losses import focal, mean_inside, ssim
 from flawmap.methods.contract import SyntheticDefects
 from flawmap.methods.draem import DRAEM, DRAEMConfig
 

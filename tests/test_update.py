@@ -123,7 +123,7 @@ def prepared(detector):
 @pytest.mark.parametrize(
     ("settings", "rule"),
     [
-        ({"coreset": 0.1, "min_vectors": 10}, lambda patches: round(0.1 * patches)),
+        ({"coreset": 0.1, "min_vectors": 10, "components": 12}, lambda patches: round(0.1 * patches)),
         ({"coreset": 0.01, "min_vectors": 100}, lambda patches: 100),
         ({"coreset": 0.5, "min_vectors": 10, "max_vectors": 300}, lambda patches: 300),
     ],
@@ -132,12 +132,14 @@ def test_patchcores_bank_keeps_its_size(halves, settings, rule):
     detector = patchcore(**settings).fit(halves[0])
     method = detector.method_
     assert len(method.bank.index) == rule(15 * 64)
-    before = [getattr(method.bank, name).clone() for name in ("shift", "scale", "unit")]
+    fixed = [name for name in method.bank.state_dict() if name == "unit" or name.startswith("patches.")]
+    assert ("patches.axes" in fixed) == ("components" in settings)
+    before = {name: method.bank.state_dict()[name].clone() for name in fixed}
     detector.update(halves[1])
     assert int(method.bank.seen) == 30 * 64
     assert len(method.bank.index) == rule(30 * 64)
-    for kept, name in zip(before, ("shift", "scale", "unit"), strict=True):
-        assert torch.equal(getattr(method.bank, name), kept)
+    for name, value in before.items():
+        assert torch.equal(method.bank.state_dict()[name], value)
 
 
 @pytest.mark.parametrize("make", [padim, patchcore])

@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 
 from flawmap.backbones import DEFAULT_BACKBONE, create_backbone, create_engine, moved
-from flawmap.datasets import Dataset, find_dataset
+from flawmap.datasets import Dataset
+from flawmap.datasets.sources import source_name, training_paths
 from flawmap.errors import FlawmapError, ImageError
 from flawmap.graph import InspectionGraph
 from flawmap.imaging.captures import CaptureLimits
@@ -25,11 +26,10 @@ from flawmap.judging.calibration import Calibration, Threshold
 from flawmap.judging.evaluation import EvaluationReport
 from flawmap.judging.inspection import Inspection
 from flawmap.judging.judge import Judge
-from flawmap.learning.data import Announce, Progress, TrainingData, quiet, silent
-from flawmap.learning.fitting import SHORT, Atypical, Recipe, extraction_engine, fit, limits, report_unreadable
-from flawmap.learning.good_scores import Split, good_scores
+from flawmap.learning.data import Announce, Progress, quiet, silent
+from flawmap.learning.fitting import SHORT, Atypical, Recipe, extraction_engine, fit
 from flawmap.learning.latents import Latents
-from flawmap.learning.loop import train
+from flawmap.learning.updating import update
 from flawmap.line import Inspector
 from flawmap.line.engines import Engine, check_engine
 from flawmap.line.evaluating import evaluate_inspector
@@ -268,34 +268,26 @@ class Detector:
         paths = training_paths(source, category)
         if not paths:
             raise FlawmapError(f"no good images found in {source_name(source)}: give a folder of new good images")
-        with TrainingData(
+        updated = update(
+            self.method_,
             paths,
             self.preparation_,
             self.extraction_engine(),
-            self.method_.backbone.medium,
+            self.device,
+            self.seed,
+            source_name(source),
+            strict=strict,
             progress=progress,
             announce=announce,
-        ) as data:
-            self.left_out_ = data.unreadable
-            report_unreadable(data.unreadable, strict)
-            images = list({kept: i for i, kept in reversed(list(enumerate(data.digests)))}.values())[::-1]
-            if not images:
-                raise FlawmapError(f"none of the {len(paths)} images in {source_name(source)} can be read")
-            self.sizes_ = [(height, width) for height, width in (data.record(i)["size"] for i in images)]
-            unseen = Split([], images, "holdout")
-            good = good_scores(self.method_, data, unseen, self.seed, self.device, progress)
-            rows = data.rows(images)
-            stages = self.method_.further_stages(len(rows))
-            train(self.method_, data, rows, stages, seed=self.seed, progress=progress, announce=announce)
-            digests = sorted(data.digests[i] for i in images)
-            records = [data.record(i) for i in images]
-        self.capture_limits_ = self.capture_limits_.joined(limits(records))
-        before = self.calibration_
-        scores, peaks = np.append(before.scores, good.scores), np.append(before.peaks, good.peaks)
+        )
+        self.left_out_, self.sizes_ = updated.left_out, updated.sizes
+        self.capture_limits_ = self.capture_limits_.joined(updated.capture_limits)
+        before, digests = self.calibration_, updated.digests
+        scores, peaks = np.append(before.scores, updated.scores), np.append(before.peaks, updated.peaks)
         self._calibrate(Calibration(scores, peaks, "crossfit"))
         self.training_ = {
             **self.training_,
-            "images": self.training_["images"] + len(images),
+            "images": self.training_["images"] + len(digests),
             "fitted": sorted({*self.training_["fitted"], *(kept[:SHORT] for kept in digests)}),
             "digest": hashlib.sha256("".join([self.training_["digest"], *digests]).encode()).hexdigest(),
         }
@@ -430,6 +422,7 @@ class Detector:
         self._check_fitted()
         with _COMPILING:  # backbone, method and enlarging as one graph: two libraries' threads get in each other's way
             if self._engine is None or threads is not None:
+                self._inspector = None
                 self._engine = create_engine(
                     self.graph(),
                     self._size,
@@ -507,6 +500,7 @@ class Detector:
             kept[f"{_LATENTS}values"] = self.latents_.values
             if self.latents_.inside is not None:
                 kept[f"{_LATENTS}inside"] = self.latents_.inside
+        self._inspector = None
         self.digest_ = write_model(Path(path), {**self.method_.state_dict(), **kept}, metadata)
 
     def card(self) -> ModelCard:
@@ -580,22 +574,6 @@ def _device(device: str) -> str:
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise FlawmapError(f"device {device} is not to be had here: use --device auto or cpu")
     return device
-
-
-def training_paths(source: str | Path | Dataset | Sequence[str | Path], category: str | None) -> list[Path]:
-    """The good training images that a folder, a data set or a list of paths holds."""
-    if isinstance(source, (str, Path)):
-        source = find_dataset(Path(source), category)
-    if isinstance(source, Dataset):
-        return [sample.path for sample in source.train]
-    return list(dict.fromkeys(Path(path) for path in source))
-
-
-def source_name(source: str | Path | Dataset | Sequence[str | Path]) -> str:
-    """What messages call it."""
-    if isinstance(source, Dataset):
-        return str(source.root)
-    return str(source) if isinstance(source, (str, Path)) else "the list"
 
 
 def read_card(path: Path) -> tuple[ModelCard, dict[str, Any]]:

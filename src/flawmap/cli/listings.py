@@ -38,18 +38,23 @@ def doctor_command() -> int:
     import platform
     from importlib.metadata import PackageNotFoundError, version
 
-    import numpy as np
-    import torch
-
-    from flawmap.backbones import create_backbone, create_engine
     from flawmap.line.engines import ENGINES, available_engines, cpu_threads
 
     click.echo(f"python {platform.python_version()} on {platform.system()} {platform.machine()}, {cpu_threads()} cores")
-    for package in ("flawmap", "torch", "torchvision", "timm", "numpy", "pillow", "onnxruntime", "openvino"):
+    for package in ("flawmap", "numpy", "scipy", "pillow", "onnxruntime", "openvino", "torch", "torchvision", "timm"):
         try:
             click.echo(f"{package} {version(package)}")
         except PackageNotFoundError:
             click.echo(f"{package} not installed")
+    if "torch" not in available_engines():
+        click.echo("the lab is not installed, so there is nothing to compare engines by: pip install 'flawmap[train]'")
+        click.echo("all is well for inspecting with exported models")
+        return 0
+    import numpy as np
+    import torch
+
+    from flawmap.backbones import create_backbone, create_engine
+
     click.echo(f"cuda {torch.cuda.get_device_name() if torch.cuda.is_available() else 'not available'}")
     backbone = create_backbone(size=(256, 256))
     click.echo(f"backbone {backbone.name}: embedded weights found, digest {backbone.digest()[:12]}")

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from flawmap.datasets import Dataset, Sample, find_dataset
-from flawmap.errors import FlawmapError
+from flawmap.datasets import Dataset, Sample
+from flawmap.datasets.sources import labelled_samples
 from flawmap.imaging.masks import read_mask
 from flawmap.judging.evaluation import EvaluationReport, Scored, evaluate
 from flawmap.judging.inspection import Inspection
@@ -40,21 +40,6 @@ def evaluate_inspector(
         "data": dataset.name,
     }
     return evaluate(_scored(inspector, samples, full_resolution, progress), settings)
-
-
-def labelled_samples(source: str | Path | Dataset, category: str | None) -> tuple[Dataset, list[Sample]]:
-    """A data set and its labelled test images.
-
-    Raises:
-        FlawmapError: there are none.
-    """
-    dataset = source if isinstance(source, Dataset) else find_dataset(Path(source), category)
-    samples = [sample for sample in dataset.test if sample.label is not None]
-    if not samples:
-        raise FlawmapError(
-            f"{dataset.root} holds no labelled test images: give a folder with test/good and test/<defect>"
-        )
-    return dataset, samples
 
 
 def _scored(

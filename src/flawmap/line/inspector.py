@@ -114,7 +114,7 @@ class Inspector:
             raise FlawmapError(
                 f"{self.card.method} has no setting that can be moved after training: train again with --set"
             )
-        moved = self._mover(settings, calibrate)
+        moved = copy(self._mover(settings, calibrate))
         rate, guarantee = self.judge.max_false_reject, self.judge.guarantee
         found = moved.judge.calibration
         moved.judge = Judge(rate, guarantee) if found is None else Judge.of(found, rate, guarantee)

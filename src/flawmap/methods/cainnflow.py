@@ -144,10 +144,6 @@ class CAINNFlow(Method):
             deep = tuple(level for level in default_deep_levels(backbone) if level not in levels)[:1]
         return config.model_copy(update={"levels": levels, "deep_levels": deep})
 
-    @classmethod
-    def levels(cls, config: CAINNFlowConfig) -> tuple[str, ...]:
-        return tuple(dict.fromkeys((*(config.levels or ()), *(config.deep_levels or ()))))
-
     def _flows(self) -> nn.ModuleList:
         """A flow for each level, freshly drawn."""
         return nn.ModuleList(Flow(self._blocks(channels)) for channels in self.backbone.channels)
@@ -237,41 +233,3 @@ class CAINNFlow(Method):
                 values = F.interpolate(values, size=self.grid, mode="bilinear", align_corners=False)
             total = total + values * (count / sum(channels) if self.config.weights == "channels" else 1 / len(found))
         return total
-
-    @torch.no_grad()
-    def with_noise(
-        self, features: list[Tensor], places: Sequence[tuple[float, float]], *, strength: float = 3.0, seed: int = 0
-    ) -> list[Tensor]:
-        """z of each level (B, C, h, w), with noise added at some places.
-
-        Args:
-            features: maps (B, C, h, w), as `features` gives them.
-            places: (row, column) of each noise point, from 0 to 1 over the image.
-            strength: standard deviation of the noise, in those of z.
-            seed: of the noise.
-        """
-        generator = torch.Generator().manual_seed(seed)
-        noisy = []
-        for flow, level in zip(self.flows, self.inputs(features), strict=True):
-            z: Tensor = flow(level)[0]
-            height, width = z.shape[-2:]
-            for row, column in places:
-                y, x = min(int(row * height), height - 1), min(int(column * width), width - 1)
-                z[:, :, y, x] += strength * torch.randn(z.shape[1], generator=generator).to(z)
-            noisy.append(z)
-        return noisy
-
-    @torch.no_grad()
-    def disturbed(
-        self, features: list[Tensor], places: Sequence[tuple[float, float]], *, strength: float = 3.0, seed: int = 0
-    ) -> list[Tensor]:
-        """How far noise in z, carried back by the inverse, moves the feature maps (Section 4.6, Fig. 11).
-
-        The arguments are those of `with_noise`. For each level (B, h, w): the root mean square over channels of what
-        each position has moved, in the units of what the flow reads.
-        """
-        moved = []
-        noisy = self.with_noise(features, places, strength=strength, seed=seed)
-        for flow, level, z in zip(self.flows, self.inputs(features), noisy, strict=True):
-            moved.append((flow.inverse(z) - level).square().mean(1).sqrt())  # type: ignore[operator]
-        return moved

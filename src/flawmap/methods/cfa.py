@@ -42,7 +42,7 @@ from flawmap.backbones import Backbone, levels_at
 from flawmap.methods.blocks.hypersphere_centres import HypersphereCentres
 from flawmap.methods.blocks.moments import Moments, whitening_axes
 from flawmap.methods.blocks.patches import fused, sampled
-from flawmap.methods.blocks.smoothing import Enlarge, largest, on_grid
+from flawmap.methods.blocks.smoothing import Enlarge, largest, scored_positions
 from flawmap.methods.contract import Collect, Config, Method, Optimise, Stage, epochs_within
 from flawmap.neighbours import k_nearest, nearest, search_index
 
@@ -130,10 +130,6 @@ class CFA(Method):
     @classmethod
     def resolved(cls, config: CFAConfig, backbone: str) -> CFAConfig:
         return config if config.levels else config.model_copy(update={"levels": levels_at(backbone, (4, 8, 16))})
-
-    @classmethod
-    def levels(cls, config: CFAConfig) -> tuple[str, ...]:
-        return config.levels or ()
 
     def patches(self, features: list[Tensor]) -> Tensor:
         """-> (B, h*w, D): all levels, averaged over the neighbourhood, on one grid."""
@@ -234,9 +230,8 @@ class CFA(Method):
 
     def _weights(self, inside: Tensor | None, embedded: Tensor) -> Tensor:
         """(B, T): one for the positions that are scored, zero for the others."""
-        if inside is None:
-            return torch.ones_like(embedded[..., 0])
-        return on_grid(inside, self.grid).flatten(1)
+        scored = scored_positions(inside, self.grid)
+        return torch.ones_like(embedded[..., 0]) if scored is None else scored
 
     def _distances(self, embedded: Tensor, count: int) -> Tensor:
         """(N, D') -> (N, count): D, to the nearest vectors of the bank, as the loss measures them."""
@@ -250,12 +245,9 @@ class CFA(Method):
     def loss(self, features: list[Tensor], inside: Tensor | None) -> Tensor:
         """Eq. 3 over a batch of maps."""
         config = self.config
-        patches, places = self.patches(features), self.coordinates  # (B, T, D), (1, T, 2)
-        weights = self._weights(inside, patches)  # (B, T)
-        if config.positions:
-            chosen = sampled(weights, config.positions)  # (B, N)
-            patches = patches.gather(1, chosen[..., None].expand(-1, -1, patches.shape[2]))
-            places, weights = places[0, chosen], weights.gather(1, chosen)
+        patches = self.patches(features)  # (B, T, D)
+        patches, weights, chosen = sampled(patches, scored_positions(inside, self.grid), config.positions)  # of N each
+        places = self.coordinates[0, chosen]  # (B, N, 2)
         k = min(config.k, len(self.index))
         j = min(config.j, len(self.index) - k)
         distances = self._distances(self.descriptor(self.inputs(patches, places)).flatten(0, 1), k + j)  # (B*N, K + J)

@@ -79,10 +79,6 @@ class CFlow(Method):
     def resolved(cls, config: CFlowConfig, backbone: str) -> CFlowConfig:
         return with_levels(config, backbone)
 
-    @classmethod
-    def levels(cls, config: CFlowConfig) -> tuple[str, ...]:
-        return tuple(dict.fromkeys((*(config.levels or ()), *(config.deep_levels or ()))))
-
     def stages(self, images: int) -> Iterator[Stage]:
         return self.density.stages(images)
 

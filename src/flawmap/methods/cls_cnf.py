@@ -123,10 +123,6 @@ class ClsCnf(Method):
         return with_levels(config, backbone)
 
     @classmethod
-    def levels(cls, config: ClsCnfConfig) -> tuple[str, ...]:
-        return tuple(dict.fromkeys((*(config.levels or ()), *(config.deep_levels or ()))))
-
-    @classmethod
     def extractor(cls, config: ClsCnfConfig, backbone: Backbone, size: tuple[int, int]) -> nn.Module:
         if (found := len(config.levels or backbone.levels)) != 3:
             raise FlawmapError(f"the decoder reads three levels, not {found}: --set levels=A,B,C, the finest first")

@@ -171,8 +171,8 @@ class Method(nn.Module):
 
     @classmethod
     def levels(cls, config: Any) -> tuple[str, ...]:
-        """The backbone levels that `features` returns, in order, of resolved settings."""
-        raise NotImplementedError
+        """The backbone levels that `features` returns, of resolved settings: `levels`, then further `deep_levels`."""
+        return tuple(dict.fromkeys((*(config.levels or ()), *(getattr(config, "deep_levels", None) or ()))))
 
     @classmethod
     def views(cls, config: Any) -> tuple[int, float]:

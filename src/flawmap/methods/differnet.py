@@ -111,10 +111,6 @@ class DifferNet(Method):
         return config.model_copy(update={"levels": levels[-1:] if config.deepest else levels})
 
     @classmethod
-    def levels(cls, config: DifferNetConfig) -> tuple[str, ...]:
-        return config.levels or ()
-
-    @classmethod
     def extractor(cls, config: DifferNetConfig, backbone: Backbone, size: tuple[int, int]) -> nn.Module:
         return Pyramid(backbone, rotations=config.rotations, scales=config.scales, deviations=config.deviations)
 

@@ -26,19 +26,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from flawmap.methods.blocks.reconstruction import (
-    Decoder,
-    Encoder,
-    Pair,
-    Reconstructive,
-    ReconstructiveConfig,
-    UNet,
-    bilinear,
-    focal,
-    mean_inside,
-    redraw,
-    ssim,
-)
+from flawmap.methods.blocks.encoder_decoder import Decoder, Encoder, Pair, UNet, bilinear, redraw
+from flawmap.methods.blocks.pixel_losses import focal, mean_inside, ssim
+from flawmap.methods.blocks.reconstruction import Reconstructive, ReconstructiveConfig
 from flawmap.synthesis import DRAEM as DEFECTS
 
 

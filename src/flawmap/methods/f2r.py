@@ -43,24 +43,21 @@ from flawmap.backbones.catalogue import DEFAULT_BACKBONE
 from flawmap.errors import FlawmapError
 from flawmap.flows import Glow
 from flawmap.methods.blocks.factorisation import Factorisation, FactorisationConfig
-from flawmap.methods.blocks.patch_projection import PatchProjection
-from flawmap.methods.blocks.patches import PatchSample, sampled
-from flawmap.methods.blocks.smoothing import Enlarge, largest, on_grid
+from flawmap.methods.blocks.gallery import GalleryCandidates, GalleryConfig, coreset
+from flawmap.methods.blocks.patch_projection import PatchProjection, PatchProjectionConfig
+from flawmap.methods.blocks.patches import sampled
+from flawmap.methods.blocks.smoothing import Enlarge, largest, scored_positions
+from flawmap.methods.blocks.weight_decay import decaying_linear
 from flawmap.methods.contract import Collect, Method, Optimise, Stage, epochs_within
-from flawmap.neighbours import k_center_greedy, nearest, search_index
+from flawmap.neighbours import nearest, search_index
 
 _ROWS = 16_384  # patches that T takes at a time
 
 
-class F2RConfig(FactorisationConfig):
+class F2RConfig(FactorisationConfig, PatchProjectionConfig, GalleryConfig):
     """Settings of F2R."""
 
     levels: tuple[str, ...] | None = Field(None, description="levels that are fused; the backbone's own if unset")
-    stride: int = Field(8, ge=1, description="input pixels between patches, or those of the finest level if more")
-    patch_pool: int = Field(1, ge=1, description="side of the neighbourhood that is averaged, odd")
-    standardise: bool = Field(True, description="each channel to zero mean and unit variance over good patches")
-    balance: float = Field(0.5, ge=0, le=1, description="standardised channels weigh alike at 0, levels at 1")
-    components: int = Field(80, ge=0, description="principal components of f that are kept; 0: f itself")
     steps: int = Field(6, ge=1, description="flow steps of T")
     actnorm: bool = Field(True, description="activation normalisation in each step")
     mixing: Literal["plain", "lu", "permutation"] = Field("plain", description="the matrix W of each step")
@@ -68,10 +65,6 @@ class F2RConfig(FactorisationConfig):
     split: float = Field(0.5, gt=0, lt=1, description="share of z that is z_l")
     alpha: float = Field(1.0, ge=0, le=10, description="factor of z_l, what is there")
     beta: float = Field(0.8, ge=0, le=10, description="factor of z_g, where it is")
-    coreset: float = Field(0.1, gt=0, le=1, description="share of the patches that the gallery keeps")
-    max_vectors: int = Field(1500, ge=1, description="most vectors that the gallery keeps")
-    max_candidates: int = Field(500_000, ge=1, description="most patches that the gallery is chosen from")
-    reselect: bool = Field(False, description="the gallery is chosen among reverted patches, for each alpha and beta")
     image_score: Literal["map", "patch"] = Field("map", description="largest value after, or before smoothing")
     epochs: int = Field(30, ge=0, description="passes over the training images")
     max_steps: int = Field(600, ge=0, description="fewer passes where they would take more steps; 0: no limit")
@@ -107,9 +100,7 @@ class F2R(Method):
         },
     }
     live: ClassVar[tuple[str, ...]] = ("alpha", "beta")
-    searched: ClassVar[dict[str, tuple[float, ...]]] = {
-        name: tuple(i / 10 for i in range(13)) for name in ("alpha", "beta")
-    }
+    searched: ClassVar[dict[str, tuple[float, ...]]] = dict.fromkeys(live, tuple(i / 10 for i in range(13)))
     reselects: ClassVar[bool] = True
     live_buffers: ClassVar[tuple[str, ...]] = ("factors", "index")
     costly_buffers: ClassVar[tuple[str, ...]] = ("index",)
@@ -121,6 +112,7 @@ class F2R(Method):
         finest = max(config.stride, min(backbone.reductions))
         self.grid = (round(size[0] / finest), round(size[1] / finest))  # h, w
         self.patches = PatchProjection(
+            range(len(backbone.channels)),
             backbone.channels,
             self.grid,
             pool=config.patch_pool,
@@ -131,7 +123,7 @@ class F2R(Method):
         self.channels = self.patches.outputs  # c
         local = min(max(1, round(config.split * self.channels)), self.channels - 1)
         self.parts = (local, self.channels - local)  # of z_l and z_g
-        factors = self._factors(torch.tensor(config.alpha), torch.tensor(config.beta))
+        factors = self._factors(*torch.tensor([config.alpha, config.beta]))
         self.register_buffer("factors", factors, persistent=False)
         self.register_buffer("vectors", torch.zeros(0, self.channels))  # f of the gallery's patches
         self.register_buffer("index", torch.zeros(0, self.channels + 1))  # of their reverted features
@@ -152,17 +144,12 @@ class F2R(Method):
         return config.model_copy(update={"levels": own})
 
     @classmethod
-    def levels(cls, config: F2RConfig) -> tuple[str, ...]:
-        return config.levels or ()
-
-    @classmethod
     def views(cls, config: F2RConfig) -> tuple[int, float]:
         return config.views, config.rotation
 
     def _drawn(self) -> Glow:
-        config = self.config
-        hidden = max(1, round(config.hidden * self.channels))
-        return Glow(self.channels, config.steps, hidden, mixing=config.mixing, actnorm=config.actnorm)
+        config, c = self.config, self.channels
+        return Glow(c, config.steps, max(1, round(config.hidden * c)), mixing=config.mixing, actnorm=config.actnorm)
 
     def latents(self, features: list[Tensor], inside: Tensor | None = None) -> Tensor:
         """z = T(f) of every patch (B, h*w, c)."""
@@ -173,10 +160,80 @@ class F2R(Method):
         """(N, c) -> (N, c): f' = T^-1([alpha z_l, beta z_g])."""
         return self.flow.revert(z * self.factors)
 
+    def _factors(self, alpha: Tensor, beta: Tensor) -> Tensor:
+        """(c,): by what z is multiplied."""
+        local, position = self.parts
+        return torch.cat([alpha.expand(local), beta.expand(position)])
+
     @property
     def _intact(self) -> bool:
         """Whether T^-1 undoes T, so that neither has to be computed."""
         return self.config.alpha == self.config.beta == 1
+
+    def stages(self, images: int) -> Iterator[Stage]:
+        config, device = self.config, self.factors.device
+        self.flow = self._drawn().to(device)
+        if self.patches.learns:
+            yield self.patches.moments()
+        if config.epochs:
+            self.auxiliary = Factorisation(config, self.parts, self.grid[0] * self.grid[1]).to(device)
+            yield Optimise(
+                "flow",
+                self.loss,
+                [*self.flow.parameters(), *self.auxiliary.parameters()],
+                epochs_within(config.max_steps, config.epochs, images, config.batch_size),
+                config.batch_size,
+                self._optimiser,
+                lambda optimiser, steps: torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps),
+                views=True,
+                after_epoch=lambda: f"condition number of the mixing {self.flow.condition_number():.4g}",
+            )
+            self.auxiliary = None
+        yield self._gallery(images)
+
+    def _optimiser(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        rate, decay = self.config.learning_rate, self.config.weight_decay
+        of = parameters if self.config.decay_all else decaying_linear(self, parameters, decay)
+        return torch.optim.AdamW(of, rate, weight_decay=decay)
+
+    def loss(self, features: list[Tensor], inside: Tensor | None) -> Tensor:
+        """L_total (Eq. 6) over a batch of maps."""
+        assert self.auxiliary is not None
+        patches = self.patches(features)  # (B, h*w, c)
+        f, scored, places = sampled(patches, scored_positions(inside, self.grid), self.config.positions)  # of n each
+        f, places = f[scored > 0], places[scored > 0]  # (N, c), (N,)
+        if len(f) == 1:  # batch normalisation needs two
+            f, places = f.repeat(2, 1), places.repeat(2)
+        z, log_det = self.flow(f)  # (N, c), (N,): z = T(f)
+        total: Tensor = self.auxiliary(f, z, log_det, places)
+        return total
+
+    def _gallery(self, images: int) -> Collect:
+        candidates = GalleryCandidates(self.config, images, self.grid, self.channels, self.factors.device)
+
+        def update(features: list[Tensor], inside: Tensor | None) -> None:
+            candidates.add(self.patches(features), scored_positions(inside, self.grid))
+
+        def close(progress: Callable[[int, int], None]) -> None:
+            self._hold(candidates.chosen(self._held, progress))
+
+        return Collect("gallery", update, close, peak_bytes=candidates.peak_bytes)
+
+    def _hold(self, f: Tensor) -> None:
+        """Makes the gallery of patches f (M, c)."""
+        self.vectors, self.index = f, search_index(self._held(f))
+
+    def _held(self, f: Tensor) -> Tensor:
+        """f (M, c) -> f' (M, c)."""
+        if self._intact or not len(f):
+            return f
+        return torch.cat([self._reverted(self.flow.transform(part)) for part in f.split(_ROWS)])
+
+    @torch.no_grad()
+    def reselect(self, latents: Tensor) -> None:
+        f = torch.cat([self.flow.inverse(part) for part in latents.split(_ROWS)])
+        reverted = torch.cat([self._reverted(part) for part in latents.split(_ROWS)])
+        self._hold(coreset(self.config, f, reverted, len(f)))
 
     def score(self, features: list[Tensor], inside: Tensor | None = None) -> tuple[Tensor, Tensor]:
         # An exported graph holds T whatever alpha and beta are, since it takes them as inputs.
@@ -200,107 +257,11 @@ class F2R(Method):
         other = copy.copy(self)
         other._buffers, other._modules = dict(self._buffers), dict(self._modules)
         other.config = config
-        alpha, beta = torch.tensor((config.alpha, config.beta)).to(self.factors)
-        other.factors = self._factors(alpha, beta)
-        other.index = search_index(other._gallery(other.vectors))
+        other.factors = self._factors(*torch.tensor([config.alpha, config.beta]).to(self.factors))
+        other.index = search_index(other._held(other.vectors))
         return other
 
     def live_state(self, settings: Mapping[str, Tensor]) -> dict[str, Tensor]:
         factors = self._factors(settings["alpha"], settings["beta"])
-        return {
-            "factors": factors,
-            "index": search_index(self.flow.revert(self.flow.transform(self.vectors) * factors)),
-        }
-
-    def _factors(self, alpha: Tensor, beta: Tensor) -> Tensor:
-        """(c,): by what z is multiplied."""
-        local, position = self.parts
-        return torch.cat([alpha.expand(local), beta.expand(position)])
-
-    def _gallery(self, f: Tensor) -> Tensor:
-        """f (M, c) -> f' (M, c), as the gallery holds it."""
-        if self._intact or not len(f):
-            return f
-        return torch.cat([self._reverted(self.flow.transform(part)) for part in f.split(_ROWS)])
-
-    @torch.no_grad()
-    def reselect(self, latents: Tensor) -> None:
-        f = torch.cat([self.flow.inverse(part) for part in latents.split(_ROWS)])
-        reverted = torch.cat([self._reverted(part) for part in latents.split(_ROWS)])
-        self._select(f, reverted, len(f))
-
-    def _select(
-        self, f: Tensor, among: Tensor, patches: int, progress: Callable[[int, int], None] | None = None
-    ) -> None:
-        """Keeps the candidates f (N, c) that are a coreset of `among` (N, c), out of so many patches."""
-        size = min(max(1, round(self.config.coreset * patches)), self.config.max_vectors)
-        picks = torch.from_numpy(k_center_greedy(among.cpu().numpy(), size, progress=progress)).to(f.device)
-        self.vectors = f[picks]
-        self.index = search_index(self._gallery(self.vectors))
-
-    def stages(self, images: int) -> Iterator[Stage]:
-        device = self.factors.device
-        self.flow = self._drawn().to(device)
-        if self.patches.learns:
-            yield self.patches.moments()
-        if self.config.epochs:
-            positions = self.grid[0] * self.grid[1]
-            self.auxiliary = Factorisation(self.config, self.parts, positions).to(device)
-            yield self._training(images)
-            self.auxiliary = None
-        yield self._collection(images)
-
-    def _training(self, images: int) -> Optimise:
-        config = self.config
-        assert self.auxiliary is not None
-        return Optimise(
-            "flow",
-            self.loss,
-            [*self.flow.parameters(), *self.auxiliary.parameters()],
-            epochs_within(config.max_steps, config.epochs, images, config.batch_size),
-            config.batch_size,
-            self._optimiser,
-            lambda optimiser, steps: torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps),
-            views=True,
-            after_epoch=lambda: f"condition number of the mixing {self.flow.condition_number():.4g}",
-        )
-
-    def _optimiser(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        linear = {id(part.weight) for part in self.modules() if isinstance(part, nn.Linear)}
-        decayed, free = list[nn.Parameter](), list[nn.Parameter]()
-        for parameter in parameters:
-            (decayed if self.config.decay_all or id(parameter) in linear else free).append(parameter)
-        decay = self.config.weight_decay
-        groups = [{"params": decayed, "weight_decay": decay}, {"params": free, "weight_decay": 0.0}]
-        return torch.optim.AdamW([group for group in groups if group["params"]], self.config.learning_rate)
-
-    def loss(self, features: list[Tensor], inside: Tensor | None) -> Tensor:
-        """Eq. 6 over a batch of maps."""
-        patches = self.patches(features)  # (B, h*w, c)
-        count = patches.shape[1]
-        scored = torch.ones_like(patches[..., 0]) if inside is None else on_grid(inside, self.grid).flatten(1)
-        places = torch.arange(count, device=patches.device).expand(len(patches), -1)  # Y_p
-        if self.config.positions:
-            places = sampled(scored, self.config.positions)  # (B, n)
-            patches = patches.gather(1, places[..., None].expand(-1, -1, patches.shape[2]))
-            scored = scored.gather(1, places)
-        f, places = patches[scored > 0], places[scored > 0]  # (N, c), (N,)
-        if len(f) == 1:  # batch normalisation needs two
-            f, places = f.repeat(2, 1), places.repeat(2)
-        assert self.auxiliary is not None
-        total: Tensor = self.auxiliary(f, *self.flow(f), places)
-        return total
-
-    def _collection(self, images: int) -> Collect:
-        """The gallery."""
-        positions, device = self.grid[0] * self.grid[1], self.factors.device
-        sample = PatchSample(images, positions, self.channels, most=self.config.max_candidates, device=device)
-
-        def update(features: list[Tensor], inside: Tensor | None) -> None:
-            sample.add(self.patches(features), None if inside is None else on_grid(inside, self.grid).flatten(1))
-
-        def close(progress: Callable[[int, int], None]) -> None:
-            f = sample.rows
-            self._select(f, self._gallery(f) if self.config.reselect else f, sample.seen, progress)
-
-        return Collect("gallery", update, close, peak_bytes=sample.nbytes * (2 if self.config.reselect else 1))
+        reverted = self.flow.revert(self.flow.transform(self.vectors) * factors)
+        return {"factors": factors, "index": search_index(reverted)}

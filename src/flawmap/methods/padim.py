@@ -25,7 +25,7 @@ from torch import Tensor
 
 from flawmap.backbones import Backbone, levels_at
 from flawmap.methods.blocks.position_moments import PositionMoments
-from flawmap.methods.blocks.smoothing import Enlarge, on_grid
+from flawmap.methods.blocks.smoothing import Enlarge, scored_positions
 from flawmap.methods.contract import Collect, Config, Method, Stage
 
 
@@ -77,10 +77,6 @@ class PaDiM(Method):
     def resolved(cls, config: PaDiMConfig, backbone: str) -> PaDiMConfig:
         return config if config.levels else config.model_copy(update={"levels": levels_at(backbone, (4, 8, 16))})
 
-    @classmethod
-    def levels(cls, config: PaDiMConfig) -> tuple[str, ...]:
-        return config.levels or ()
-
     def embed(self, features: list[Tensor]) -> Tensor:
         """-> (P, B, C): reduced patch embeddings, positions first."""
         embedded = torch.zeros((), device=self.reduce.device)
@@ -117,7 +113,8 @@ class PaDiM(Method):
             if resume and not moments.begun:
                 moments.resume(self.images, self.mean, lambda at: self._covariance(self._kept(at)))
             x = self.embed(features)  # (P, B, C)
-            moments.update(x, None if inside is None else on_grid(inside, self.grid).flatten(1).T)
+            scored = scored_positions(inside, self.grid)
+            moments.update(x, None if scored is None else scored.T)
 
         def close(progress: Callable[[int, int], None]) -> None:
             self.images.copy_(moments.count)

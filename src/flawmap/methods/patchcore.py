@@ -6,6 +6,9 @@ a new patch is as abnormal as it is far from the nearest of them.
 Where this differs from the paper, and the setting that takes the difference back (`--preset paper` takes back all):
 
 - Channels are standardised over the good patches (`standardise=false`).
+- Patches are compared by fewer numbers than they have channels (`components=0`, `deep_components=0`): half of them
+  principal components of the good patches, half sums of the other components, without which a defect that lies outside
+  the first would not be seen. Distances are kept on average, and the search is faster by as much as it is narrower.
 - A second, coarser bank on `deep_levels` has a share in map and image score, each bank's distances in units of the mean
   distance of its own training patches. `deep_levels=` leaves one bank, as in the paper.
 - The image score is the largest patch distance; `reweight=true` adds the paper's factor (Eq. 7), which is defined for a
@@ -14,7 +17,8 @@ Where this differs from the paper, and the setting that takes the difference bac
 - Levels are averaged over the neighbourhood channel by channel. The authors' code instead pools each neighbourhood of
   C x 3 x 3 values to 1024 numbers across channels, which mixes channels in memory order; the paper's text (Eq. 2) does
   not ask for it.
-- The coreset works in the full space; the paper's random projection (Section 3.2) served speed alone.
+- The coreset works in the full space; the paper's random projection (Section 3.2) served speed alone. Only where images
+  are learnt later does it work on the same numbers as the search.
 """
 
 from __future__ import annotations
@@ -28,8 +32,10 @@ from torch import Tensor, nn
 
 from flawmap.backbones import Backbone, default_deep_levels, default_levels
 from flawmap.errors import FlawmapError
-from flawmap.methods.blocks.patches import PatchSample, averaged, fused, resized
-from flawmap.methods.blocks.smoothing import Enlarge, on_grid, within
+from flawmap.methods.blocks.moments import Moments
+from flawmap.methods.blocks.patch_projection import PatchProjection
+from flawmap.methods.blocks.patches import PatchSample, resized
+from flawmap.methods.blocks.smoothing import Enlarge, on_grid, scored_positions, within
 from flawmap.methods.contract import Collect, Config, Method, Stage
 from flawmap.neighbours import k_center_greedy, k_nearest, nearest, search_index
 
@@ -47,6 +53,8 @@ class PatchCoreConfig(Config):
     stride: int = Field(8, ge=1, description="input pixels between patches, or those of the finest level if more")
     pool: int = Field(3, ge=1, description="side of the neighbourhood that is averaged, odd")
     standardise: bool = Field(True, description="each channel to zero mean and unit variance over good patches")
+    components: int = Field(96, ge=0, description="half principal components, half sums of the others; 0: all channels")
+    deep_components: int = Field(128, ge=0, description="the same of the deep levels, which have more channels")
     coreset: float = Field(0.01, gt=0, le=1, description="share of the patches that the bank keeps")
     deep_coreset: float = Field(0.02, gt=0, le=1, description="share of the patches that the deep levels' bank keeps")
     min_vectors: int = Field(1500, ge=1, description="fewest vectors that the bank keeps, if it has as many patches")
@@ -65,6 +73,7 @@ class MemoryBank(nn.Module):
         config: PatchCoreConfig,
         backbone: Backbone,
         levels: Sequence[str],
+        components: int,
         share: float,
         fewest: int,
         size: tuple[int, int],
@@ -72,46 +81,46 @@ class MemoryBank(nn.Module):
         """`share` is the part of its patches that the bank keeps, but no fewer than `fewest`."""
         super().__init__()
         self.config, self.share, self.fewest = config, share, fewest
-        self.levels = [backbone.levels.index(level) for level in levels]
-        finest = max(config.stride, min(backbone.reductions[i] for i in self.levels))
+        read = [backbone.levels.index(level) for level in levels]
+        finest = max(config.stride, min(backbone.reductions[i] for i in read))
         self.grid = (round(size[0] / finest), round(size[1] / finest))
-        width = sum(backbone.channels[i] for i in self.levels)
-        self.register_buffer("shift", torch.zeros(width))
-        self.register_buffer("scale", torch.ones(width))
-        self.register_buffer("index", torch.empty(0, width + 1))
+        self.patches = PatchProjection(
+            read,
+            [backbone.channels[i] for i in read],
+            self.grid,
+            pool=config.pool,  # Eq. 2
+            standardise=config.standardise,
+            balance=0,
+            components=components - components // 2,
+            folded=components // 2,
+        )
+        self.register_buffer("index", torch.empty(0, self.patches.outputs + 1))
         self.register_buffer("unit", torch.ones(()))
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))  # patches that the bank was chosen from
-        self.shift: Tensor
-        self.scale: Tensor
         self.index: Tensor
         self.unit: Tensor
         self.seen: Tensor
         self.sample: PatchSample | None = None  # while patches are collected
 
-    def patches(self, pooled: list[Tensor]) -> Tensor:
-        """-> (B, h*w, C): patch features, all levels on one grid."""
-        return fused([pooled[i] for i in self.levels], self.grid).contiguous()
-
-    def distances(self, pooled: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """-> distances (B, h, w), bank indices (B, h*w), standardised patches (B, h*w, C)."""
-        queries = self.patches(pooled)
-        queries = queries.sub_(self.shift).mul_(self.scale)
+    def distances(self, features: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """-> distances (B, h, w), bank indices (B, h*w), patches (B, h*w, c)."""
+        queries = self.patches(features)
         distances, indices = nearest(queries.flatten(0, 1), self.index)
         return distances.view(-1, *self.grid), indices.view(queries.shape[:2]), queries
 
     def reserve(self, images: int, generator: torch.Generator) -> int:
         """Makes room for the candidates of `images` images; returns the bytes."""
-        positions, device = self.grid[0] * self.grid[1], self.shift.device
+        positions, width, device = self.grid[0] * self.grid[1], len(self.patches.shift), self.index.device
         most = self.config.max_candidates
-        self.sample = PatchSample(images, positions, len(self.shift), most=most, device=device, generator=generator)
+        self.sample = PatchSample(images, positions, width, most=most, device=device, generator=generator)
         return self.sample.nbytes
 
-    def add(self, pooled: list[Tensor], inside: Tensor | None) -> None:
+    def add(self, features: list[Tensor], inside: Tensor | None) -> None:
         assert self.sample is not None
-        self.sample.add(self.patches(pooled), None if inside is None else on_grid(inside, self.grid).flatten(1))
+        self.sample.add(self.patches.patches(features), scored_positions(inside, self.grid))
 
     def close(self, generator: torch.Generator, progress: Callable[[int, int], None]) -> None:
-        """Standardises the candidates and keeps a coreset of them (Algorithm 1)."""
+        """Learns the projection from the candidates and keeps a coreset of them (Algorithm 1)."""
         assert self.sample is not None
         candidates = self.sample.rows
         self.seen += self.sample.seen
@@ -120,20 +129,22 @@ class MemoryBank(nn.Module):
         wanted = round(self.share * int(self.seen))
         size = min(max(wanted, self.fewest), self.config.max_vectors)
         known = len(self.index) > 0
-        if self.config.standardise and not known:
-            std, mean = torch.std_mean(candidates[:: max(1, len(candidates) // _MOMENT_SAMPLE)], 0, correction=0)
-            self.shift.copy_(mean)
-            # A channel that good parts hardly use must not drown the others as soon as a part does use it.
-            self.scale.copy_(1 / std.clamp_min(0.1 * float(std.mean()) + 1e-12))
-        candidates.sub_(self.shift).mul_(self.scale)
-        if known:
-            candidates = torch.cat([self.index[:, :-1], candidates])
-        picks = k_center_greedy(candidates.cpu().numpy(), size, progress=progress)
-        self.index = search_index(candidates[torch.from_numpy(picks).to(candidates.device)])
+        if not known and self.patches.learns:
+            moments = Moments(candidates.shape[1])
+            for part in candidates[:: max(1, len(candidates) // _MOMENT_SAMPLE)].split(8192):
+                moments.update(part)
+            self.patches.learn(moments)
+        candidates.sub_(self.patches.shift).mul_(self.patches.scale)
+        if known:  # of the bank's vectors only their projections are left
+            candidates = torch.cat([self.index[:, :-1], self.patches.projected(candidates)])
+        picks = torch.from_numpy(k_center_greedy(candidates.cpu().numpy(), size, progress=progress))
+        vectors = candidates[picks.to(candidates.device)]
+        self.index = search_index(vectors if known else self.patches.projected(vectors))
         self.sample = None
         if known:
             return
         sample = candidates[torch.randperm(len(candidates), generator=generator)[:_UNIT_SAMPLE]]
+        sample = self.patches.projected(sample)
         # A patch that the bank keeps is at distance zero from itself: its nearest other counts, lest the unit vanish
         # where few images leave nearly all patches in the bank.
         near = torch.cat([k_nearest(part, self.index, 2)[0] for part in sample.split(512)])
@@ -145,7 +156,7 @@ class PatchCore(Method):
 
     Config = PatchCoreConfig
     presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "paper": {"deep_levels": (), "standardise": False, "reweight": True},
+        "paper": {"deep_levels": (), "standardise": False, "components": 0, "deep_components": 0, "reweight": True},
     }
     updates = True
     config: PatchCoreConfig
@@ -153,11 +164,15 @@ class PatchCore(Method):
     def __init__(self, config: PatchCoreConfig, backbone: Backbone, size: tuple[int, int]) -> None:
         super().__init__(config, backbone, size)
         assert config.levels
-        self.bank = MemoryBank(config, backbone, config.levels, config.coreset, config.min_vectors, size)
+        self.bank = MemoryBank(
+            config, backbone, config.levels, config.components, config.coreset, config.min_vectors, size
+        )
         self.deep_bank: MemoryBank | None = None
         if config.deep_levels:
             fewest = config.min_vectors // 2  # there are fewer, coarser patches to cover
-            self.deep_bank = MemoryBank(config, backbone, config.deep_levels, config.deep_coreset, fewest, size)
+            self.deep_bank = MemoryBank(
+                config, backbone, config.deep_levels, config.deep_components, config.deep_coreset, fewest, size
+            )
         self.resize = Enlarge(self.bank.grid, size, config.sigma)
 
     @classmethod
@@ -171,15 +186,11 @@ class PatchCore(Method):
             )
         return config.model_copy(update={"levels": levels or default_levels(backbone), "deep_levels": deep_levels})
 
-    @classmethod
-    def levels(cls, config: PatchCoreConfig) -> tuple[str, ...]:
-        return tuple(dict.fromkeys((*(config.levels or ()), *(config.deep_levels or ()))))
-
     def stages(self, images: int) -> Iterator[Stage]:
         yield self._collect(images)
 
     def further_stages(self, images: int) -> Iterator[Stage]:
-        """The banks' vectors and the new patches are thinned together; standardisation and units stay."""
+        """The banks' vectors and the new patches are thinned together; projections and units stay."""
         yield self._collect(images)
 
     def _collect(self, images: int) -> Collect:
@@ -187,9 +198,8 @@ class PatchCore(Method):
         banks = [bank for bank in (self.bank, self.deep_bank) if bank is not None]
 
         def update(features: list[Tensor], inside: Tensor | None) -> None:
-            pooled = averaged(features, self.config.pool)  # Eq. 2
             for bank in banks:
-                bank.add(pooled, inside)
+                bank.add(features, inside)
 
         def close(progress: Callable[[int, int], None]) -> None:
             for bank in banks:
@@ -198,12 +208,11 @@ class PatchCore(Method):
         return Collect("memory bank", update, close, peak_bytes=sum(bank.reserve(images, generator) for bank in banks))
 
     def score(self, features: list[Tensor], inside: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        pooled = averaged(features, self.config.pool)  # Eq. 2
-        distances, indices, queries = self.bank.distances(pooled)  # of each patch to the bank (Eq. 6)
+        distances, indices, queries = self.bank.distances(features)  # of each patch to the bank (Eq. 6)
         scored = None if inside is None else on_grid(inside, self.bank.grid)
         if self.deep_bank is not None:
             shallow = distances[:, None] / self.bank.unit  # (B, 1, h, w)
-            deep = self.deep_bank.distances(pooled)[0][:, None] / self.deep_bank.unit
+            deep = self.deep_bank.distances(features)[0][:, None] / self.deep_bank.unit
             deep = resized(deep, self.bank.grid)
             mixed = self._mixed(shallow, deep, self.config.image_share)
             return self._mixed(shallow, deep, self.config.map_share), within(mixed, scored).amax((1, 2, 3))

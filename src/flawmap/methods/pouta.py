@@ -32,21 +32,18 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from flawmap.methods.blocks.reconstruction import (
+from flawmap.methods.blocks.encoder_decoder import (
     Decoder,
     Encoder,
     Pair,
-    Reconstructive,
-    ReconstructiveConfig,
     UNet,
     bilinear,
     convolutions,
-    focal,
-    mean_inside,
     redraw,
-    ssim,
     transposed,
 )
+from flawmap.methods.blocks.pixel_losses import focal, mean_inside, ssim
+from flawmap.methods.blocks.reconstruction import Reconstructive, ReconstructiveConfig
 from flawmap.methods.contract import Stage
 from flawmap.synthesis import POUTA as DEFECTS
 

@@ -20,8 +20,9 @@ def search_index(vectors: Tensor) -> Tensor:
 
 
 def nearest(queries: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest vector of each query, the first among equals.
+    """The nearest vector of each query.
 
+    Which of several equal vectors is named is not said: a product rounds otherwise at another place of a matrix.
     Its distance is taken from the difference itself: the expanded square has no digits left near zero.
 
     Args:
@@ -31,13 +32,13 @@ def nearest(queries: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Euclidean distances (N,) and indices (N,) int64.
     """
-    rows = F.pad(queries, (0, 1), value=1.0)  # (N, D + 1)
     if torch.onnx.is_in_onnx_export():
         # Engines are slow at finding the position of a maximum, and drop it where nobody reads it. The expanded square
         # is off by some millionths of |q|^2, which matters only for patches that the bank itself holds.
-        product = rows @ index.T
+        product = torch.addmm(index[:, -1], queries, index[:, :-1].T)
         squared = queries.square().sum(1) - 2 * product.amax(1)
         return squared.clamp_min(0).sqrt(), product.argmax(1)
+    rows = F.pad(queries, (0, 1), value=1.0)  # (N, D + 1)
     indices = torch.cat([_nearest_indices(part, index) for part in rows.split(_ROWS)])
     return (queries - index[indices, :-1]).square().sum(1).sqrt(), indices
 

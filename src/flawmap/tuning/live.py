@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from flawmap.datasets import Dataset
-from flawmap.detector import Detector, source_name, training_paths
+from flawmap.datasets.sources import source_name, training_paths
+from flawmap.detector import Detector
 from flawmap.errors import FlawmapError
 from flawmap.imaging.image_files import digest
 from flawmap.learning.data import Progress, quiet

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from flawmap.datasets import Dataset, Sample
+from flawmap.datasets.sources import labelled_samples
 from flawmap.detector import Detector
 from flawmap.errors import FlawmapError
 from flawmap.imaging.decoding import read_image
 from flawmap.imaging.image_files import digest
 from flawmap.learning.data import Progress, quiet
 from flawmap.learning.fitting import SHORT
-from flawmap.line.evaluating import labelled_samples
 from flawmap.metrics import partial_spearman, spearman
 from flawmap.tuning.sweep import FIGURES, Labelled, Sweep, labelled
 

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flawmap.datasets import Dataset, Sample
-from flawmap.detector import Detector, source_name, training_paths
+from flawmap.datasets.sources import source_name, training_paths
+from flawmap.detector import Detector
 from flawmap.errors import FlawmapError
 from flawmap.learning.data import Announce, Progress, quiet, silent
 from flawmap.learning.good_scores import calibration_images

@@ -43,20 +43,31 @@ class Factorisation(nn.ModuleDict):
             self["position"] = _mlp(parts[1], sum(parts), positions)
 
     def forward(self, f: Tensor, z: Tensor, log_det: Tensor, places: Tensor) -> Tensor:
-        """Eq. 6: patches f (N, c), z (N, c) and log-determinant (N,) of their flow, and their positions (N,)."""
+        """L_total (Eq. 6).
+
+        Args:
+            f: patches (N, c).
+            z, log_det: what their flow makes of them (N, c), and its log-determinant (N,).
+            places: their positions (N,).
+        """
         config = self.config
-        square = z.square().sum(1) / (2 if config.nll_half else 1)
-        total: Tensor = config.gamma * (square - log_det).mean()  # Eq. 2
-        local, position = z.split(self.parts, 1)
+        total: Tensor = config.gamma * self.likelihood(z, log_det)  # Eq. 2
+        z_l, z_g = z.split(self.parts, 1)
         if config.covariance:
-            total = total + covariance(local, position, centred=config.centred)
+            total = total + covariance(z_l, z_g, centred=config.centred)  # term 1 of Eq. 5
         if config.semantics != "none":
-            told = self["semantics"](local)
-            cls = config.semantics == "cls"
-            total = total + (1 - F.cosine_similarity(f, told).mean() if cls else F.mse_loss(told, f))
+            total = total + self.unlikeness(f, self["semantics"](z_l))  # term 2
         if config.position:
-            total = total + F.cross_entropy(self["position"](position), places)
+            total = total + F.cross_entropy(self["position"](z_g), places)  # term 3
         return total
+
+    def likelihood(self, z: Tensor, log_det: Tensor) -> Tensor:
+        """Eq. 2: the mean negative log-likelihood under a standard Gaussian, without its constant."""
+        return (z.square().sum(1) / (2 if self.config.nll_half else 1) - log_det).mean()
+
+    def unlikeness(self, f: Tensor, told: Tensor) -> Tensor:
+        """Of patches (N, c) and what MLP_l tells of them: "cls" by angle, "reg" by distance."""
+        return 1 - F.cosine_similarity(f, told).mean() if self.config.semantics == "cls" else F.mse_loss(told, f)
 
 
 def covariance(first: Tensor, second: Tensor, *, centred: bool = True) -> Tensor:

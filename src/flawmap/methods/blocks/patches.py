@@ -77,7 +77,22 @@ class PatchSample:
             self._filled += len(kept)
 
 
-def sampled(scored: Tensor, count: int) -> Tensor:
-    """Positions (B, n) drawn for each image, without repetition, n = `count` or all; `scored` (B, T) ones first."""
+def sampled(patches: Tensor, scored: Tensor | None, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Patches drawn for each image, without repetition, those that are scored first.
+
+    Args:
+        patches: (B, T, C).
+        scored: (B, T) of 0 and 1; None is everywhere.
+        count: of each image, or all there are if fewer; 0: all, in their order.
+
+    Returns:
+        n = `count` or all patches (B, n, C), whether they are scored (B, n), and their positions (B, n), below T.
+    """
+    if scored is None:
+        scored = torch.ones_like(patches[..., 0])
+    if not count:
+        return patches, scored, torch.arange(patches.shape[1], device=patches.device).expand(len(patches), -1)
     drawn = torch.rand(scored.shape).to(scored) + scored
-    return drawn.topk(min(count, scored.shape[1]), dim=1).indices
+    places = drawn.topk(min(count, scored.shape[1]), dim=1).indices  # (B, n)
+    patches = patches.gather(1, places[..., None].expand(-1, -1, patches.shape[2]))
+    return patches, scored.gather(1, places), places

@@ -57,6 +57,11 @@ def on_grid(inside: Tensor, grid: Sequence[int]) -> Tensor:
     return (share >= most).to(inside.dtype)
 
 
+def scored_positions(inside: Tensor | None, grid: Sequence[int]) -> Tensor | None:
+    """The cells that `on_grid` gives, (B, h*w); None is everywhere."""
+    return None if inside is None else on_grid(inside, grid).flatten(1)
+
+
 def within(maps: Tensor, inside: Tensor | None) -> Tensor:
     """Maps (B, 1, h, w) with the smallest value inside in every place outside `inside`, which has their size."""
     if inside is None:
