@@ -9,6 +9,7 @@ from PIL import Image
 from flawmap import Detector
 from flawmap.cli import main
 from flawmap.datasets.drawn import draw_dataset
+from flawmap.export import export
 
 SIZE = 128
 
@@ -36,6 +37,35 @@ def padim(drawn) -> Detector:
 def model_file(detector, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("model") / "screws.safetensors"
     detector.save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def live(drawn) -> Detector:
+    """F2R, whose alpha and beta can be moved; three of the twelve images calibrate it."""
+    small = {"epochs": 2, "views": 2, "components": 16, "steps": 2, "max_vectors": 60}
+    return Detector("f2r", image_size=SIZE, max_false_reject=0.3, **small).fit(drawn)
+
+
+@pytest.fixture(scope="session")
+def live_file(live, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "live.safetensors"
+    live.save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def exported(detector, model_file, drawn) -> Path:
+    """`detector` as an ONNX file, beside its model file."""
+    path = model_file.with_suffix(".onnx")
+    export(detector, path, check=drawn / "test" / "good")
+    return path
+
+
+@pytest.fixture(scope="session")
+def exported_live(live, live_file, drawn) -> Path:
+    path = live_file.with_suffix(".onnx")
+    export(live, path, check=drawn / "test" / "good")
     return path
 
 
