@@ -14,7 +14,7 @@ from scipy.spatial.distance import cdist, mahalanobis
 
 from feature_maps import LEVELS, SIZE, drawn_features, small_trunk
 from flawmap import Detector, FlawmapError
-from flawmap.backbones.tracing import to_onnx
+from flawmap.export import export
 from flawmap.methods import METHODS, SyntheticDefects, configure, method_class
 from flawmap.methods.blocks.smoothing import enlarging_matrix
 from flawmap.synthesis import KINDS
@@ -90,17 +90,24 @@ class TestEveryMethod:
         )
         assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
-    def test_the_whole_method_runs_in_onnxruntime_at_any_batch_size(self, name, fitted, images):
+    def test_an_exported_file_says_what_the_detector_says(self, name, fitted, drawn, tmp_path):
+        pixels = np.random.default_rng(0).integers(0, 256, (3, 3, 128, 128), dtype=np.uint8)
         for preset in (None, *(preset for preset, changed in method_class(name).presets.items() if changed)):
-            detector = fitted(name, preset=preset)
-            session = onnxruntime.InferenceSession(
-                to_onnx(detector.method_, (128, 128))[0], providers=["CPUExecutionProvider"]
-            )
-            for batch in (images[:1], images):
-                theirs = session.run(None, {"images": batch})
+            # a preset's thresholds are no part of its graph
+            detector = fitted(name, preset=preset, calibration=preset and "holdout")
+            exported = export(
+                detector, tmp_path / "model.onnx", check=drawn / "test"
+            )  # held against itself by each engine
+            assert [proof.engine for proof in exported.proofs] == ["openvino", "onnxruntime"]
+            assert max(proof.score_share for proof in exported.proofs) < 1e-4
+            session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+            names = ["map", "score"] if detector.method_.localises else ["score"]
+            for count in (1, 3):
+                normalised = detector.preparation_.preprocessing.normalised(pixels[:count])
                 with torch.inference_mode():
-                    ours = detector.method_(torch.from_numpy(batch))
-                for a, b in zip(ours, theirs, strict=True):
+                    ours = detector.method_(torch.from_numpy(normalised))
+                theirs = session.run(names, {"images": pixels[:count]})
+                for a, b in zip(ours[-len(names) :], theirs, strict=True):
                     np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-4 * float(a.abs().max()))
 
     def test_tuning_leaves_out_the_defects_that_it_trains_on(self, name, fitted):
