@@ -225,11 +225,10 @@ def test_the_command_lines(f2r_file, drawn, tmp_path, flawmap, monkeypatch):
     from flawmap.methods.f2r import F2R
 
     monkeypatch.setattr(F2R, "searched", {"alpha": (0.5, 1.0), "beta": (0.5, 1.0)})
-    code, out, _ = flawmap("evaluate", f2r_file, drawn, "--oracle")
+    code, out, _ = flawmap("evaluate", f2r_file, drawn, "--oracle", "--json", tmp_path / "figures.json")
     assert code == 0
     assert "oracle, settings chosen on the test labels" in out
-    code, out, _ = flawmap("evaluate", f2r_file, drawn, "--oracle", "--json", "-")
-    assert json.loads(out)["oracle_pixel_auroc_alpha"] in (0.5, 1.0)
+    assert json.loads((tmp_path / "figures.json").read_text())["oracle_pixel_auroc_alpha"] in (0.5, 1.0)
     _shifted(drawn, tmp_path, 20)
     code, out, err = flawmap(
         "tune", f2r_file, tmp_path, "-o", tmp_path / "m.safetensors", "--grid", "alpha=0.5,1", "--grid", "beta=0.5,1"

@@ -14,6 +14,7 @@ from scipy.spatial.distance import cdist, mahalanobis
 
 from feature_maps import LEVELS, SIZE, drawn_features, small_trunk
 from flawmap import Detector, FlawmapError
+from flawmap.backbones.tracing import to_onnx
 from flawmap.export import export
 from flawmap.methods import METHODS, SyntheticDefects, configure, method_class
 from flawmap.methods.blocks.smoothing import enlarging_matrix
@@ -90,25 +91,34 @@ class TestEveryMethod:
         )
         assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
-    def test_an_exported_file_says_what_the_detector_says(self, name, fitted, drawn, tmp_path):
-        pixels = np.random.default_rng(0).integers(0, 256, (3, 3, 128, 128), dtype=np.uint8)
+    def test_the_whole_method_runs_in_onnxruntime_at_any_batch_size(self, name, fitted, images):
         for preset in (None, *(preset for preset, changed in method_class(name).presets.items() if changed)):
             # a preset's thresholds are no part of its graph
             detector = fitted(name, preset=preset, calibration=preset and "holdout")
-            exported = export(
-                detector, tmp_path / "model.onnx", check=drawn / "test"
-            )  # held against itself by each engine
-            assert [proof.engine for proof in exported.proofs] == ["openvino", "onnxruntime"]
-            assert max(proof.score_share for proof in exported.proofs) < 1e-4
-            session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
-            names = ["map", "score"] if detector.method_.localises else ["score"]
-            for count in (1, 3):
-                normalised = detector.preparation_.preprocessing.normalised(pixels[:count])
+            session = onnxruntime.InferenceSession(
+                to_onnx(detector.method_, (128, 128))[0], providers=["CPUExecutionProvider"]
+            )
+            for batch in (images[:1], images):
+                theirs = session.run(None, {"images": batch})
                 with torch.inference_mode():
-                    ours = detector.method_(torch.from_numpy(normalised))
-                theirs = session.run(names, {"images": pixels[:count]})
-                for a, b in zip(ours[-len(names) :], theirs, strict=True):
+                    ours = detector.method_(torch.from_numpy(batch))
+                for a, b in zip(ours, theirs, strict=True):
                     np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-4 * float(a.abs().max()))
+
+    def test_an_exported_file_says_what_the_detector_says(self, name, fitted, drawn, tmp_path):
+        detector, file = fitted(name), tmp_path / "model.onnx"
+        exported = export(detector, file, check=drawn / "test" / "good")  # held against itself by each engine
+        assert [proof.engine for proof in exported.proofs] == ["openvino", "onnxruntime"]
+        assert max(proof.score_share for proof in exported.proofs) < 1e-4
+        pixels = np.random.default_rng(0).integers(0, 256, (3, 3, 128, 128), dtype=np.uint8)
+        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+        names = ["map", "score"] if detector.method_.localises else ["score"]
+        for count in (1, 3):
+            normalised = detector.preparation_.preprocessing.normalised(pixels[:count])
+            with torch.inference_mode():
+                ours = detector.method_(torch.from_numpy(normalised))
+            for a, b in zip(ours[-len(names) :], session.run(names, {"images": pixels[:count]}), strict=True):
+                np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-4 * float(a.abs().max()))
 
     def test_tuning_leaves_out_the_defects_that_it_trains_on(self, name, fitted):
         method = copy.deepcopy(fitted(name).method_)
@@ -315,23 +325,6 @@ def test_patchcore_is_the_distance_to_the_nearest_of_the_bank(trunk, standardise
     np.testing.assert_allclose(scores, expected.max((1, 2)), rtol=1e-4)
 
 
-def test_patchcore_compares_principal_components_and_sums_of_the_others(trunk):
-    features, new = drawn_features(6), drawn_features(3, seed=9)
-    method = collect("patchcore", features, trunk, [4, 2], deep_levels=(), components=21, coreset=1.0)
-    x, y = (patches(maps).reshape(-1, 64) for maps in (features, new))
-    mean, std = x.mean(0), np.maximum(x.std(0), 0.1 * x.std(0).mean())
-    x, y = (x - mean) / std, (y - mean) / std
-    axes = np.linalg.svd(x, full_matrices=False)[2].T
-    first, others = axes[:, :11], axes[:, 11:] * np.sign(axes[np.abs(axes).argmax(0), np.arange(64)])[11:]
-    folded = np.stack([others[:, i::10].sum(1) for i in range(10)], 1)
-    projection = np.concatenate([first, folded], 1)
-    expected = cdist(y @ projection, x @ projection).min(1).reshape(3, 1, 8, 8)
-    np.testing.assert_allclose(method.score([level.clone() for level in new])[0], expected, rtol=1e-3)
-    # Over good patches distances are kept on average.
-    kept, whole = (cdist(a[:64], a[64:]) ** 2 for a in (x @ projection, x))
-    assert kept.mean() == pytest.approx(whole.mean(), rel=0.05)
-
-
 def test_patchcore_reweights_by_equation_7(trunk):
     features, new = drawn_features(6), drawn_features(3, seed=9)
     method = collect("patchcore", features, trunk, deep_levels=(), standardise=False, reweight=True, neighbours=5)
@@ -388,7 +381,7 @@ def test_patchcore_keeps_to_its_budgets(trunk):
     }
     x = patches(features).reshape(-1, 64)
     bank = vectors["candidates"].bank
-    rows = (bank.index[:, :-1] / bank.patches.scale + bank.patches.shift).double().numpy()
+    rows = (bank.index[:, :-1] / bank.scale + bank.shift).double().numpy()
     assert cdist(rows, x).min(1).max() < 1e-4  # patches of training images, ten of each
     assert np.bincount(cdist(rows, x).argmin(1) // 64, minlength=10).tolist() == [10] * 10
 
@@ -401,6 +394,6 @@ def test_a_banks_unit_is_how_far_its_patches_lie_from_other_vectors(trunk, cores
     )
     bank = method.bank
     x = patches(features[:1]).reshape(-1, 24)
-    distances = cdist((x - bank.patches.shift.numpy()) * bank.patches.scale.numpy(), bank.index[:, :-1])
+    distances = cdist((x - bank.shift.numpy()) * bank.scale.numpy(), bank.index[:, :-1])
     distances[distances < 1e-4] = np.inf
     assert float(bank.unit) == pytest.approx(distances.min(1).mean(), rel=1e-4)
