@@ -31,9 +31,17 @@ LIMIT = 2**31 - 1
 """Bytes that a protobuf message, and so an ONNX file, may have."""
 
 _KEY = "flawmap"
-# Field numbers of ModelProto, GraphProto, TensorProto, OperatorSetIdProto and StringStringEntryProto.
-_GRAPH, _OPSETS, _METADATA = 7, 8, 14
-_INITIALIZERS, _DATA_LOCATION = 5, 14
+_GRAPH, _OPSETS, _METADATA = 7, 8, 14  # field numbers of ModelProto
+_OUTSIDE = (13, 14)  # and of TensorProto: where its data lies
+# Which fields of a message are messages, down to the tensors.
+_HELD: dict[str, dict[int, str]] = {
+    "model": {_GRAPH: "graph", 25: "function"},
+    "graph": {1: "node", 5: "tensor", 15: "sparse"},
+    "function": {7: "node", 11: "attribute"},
+    "node": {5: "attribute"},
+    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
+    "sparse": {1: "tensor", 2: "tensor"},
+}
 _KNOWN_DOMAINS = (b"", b"ai.onnx", b"com.microsoft")  # the last has what quantised graphs need
 _MOST_ARRAY = 64 << 20
 
@@ -84,14 +92,18 @@ def read_exported(path: Path) -> tuple[bytes, dict[str, Any]]:
     graph = whole[:start]
     try:
         intact = digest == _digest(graph, content)
-    except ValueError:  # a number that is not finite, which is never written
+    except (ValueError, RecursionError):  # a number that is not finite, or lists in lists, which are never written
         intact = False
     if not intact:
         raise FlawmapError(f"{path} was changed after its export (its digest differs): copy it again, or export again")
-    domains = {dict(pairs(value)).get(1, b"") for number, value, _ in found if number == _OPSETS}
+    try:
+        domains = {dict(pairs(value)).get(1, b"") for number, value, _ in found if number == _OPSETS}
+        outside = _refers_outside(graph)
+    except (ValueError, IndexError, RecursionError) as error:
+        raise FlawmapError(f"{path} holds no graph that can be read ({error}): export it again") from error
     if unknown := domains.difference(_KNOWN_DOMAINS):
         raise FlawmapError(f"{path} needs operators of {min(unknown)!r}, which are not run: export it again")
-    if any(_DATA_LOCATION in dict(pairs(tensor)) for number, tensor, _ in fields(graphs[0]) if number == _INITIALIZERS):
+    if outside:
         raise FlawmapError(f"{path} refers to data outside itself, which is not read: export it again")
     return graph, content
 
@@ -138,6 +150,14 @@ def inspector_of(
             raise ValueError("its live settings are not those of its method")
         mover = Mover(card, compiled, live, content["model"])
     return Inspector(card, compiled, judge, content["model"], mover)
+
+
+def _refers_outside(message: memoryview | bytes, kind: str = "model") -> bool:
+    """Whether the data of any tensor, a weight or a constant however deep, lies in another file."""
+    if kind == "tensor":
+        return any(number in _OUTSIDE for number, _, _ in fields(message))
+    held = _HELD[kind]
+    return any(_refers_outside(value, held[number]) for number, value, _ in fields(message) if number in held)
 
 
 def _unfit(path: Path, error: Exception) -> FlawmapError:
