@@ -80,7 +80,7 @@ def quantise(
     """
     ranges, unseen = _parted(detector, images)
     preparation = detector.preparation_
-    quantised = _quantised(graph, [pixels for pixels, _ in model_inputs(ranges, preparation)])
+    quantised = _quantised(graph, list(model_inputs(ranges, preparation)), preparation.masked)
     progress("quantisation", 1, 1)
     whole, eighth = inspector_of(graph, content), inspector_of(quantised, content)
     calibration = _calibration(eighth, unseen, detector.calibration_)
@@ -125,14 +125,18 @@ def _parted(detector: Detector, images: Sequence[Path]) -> tuple[list[Path], lis
     return known[:_RANGES], new
 
 
-def _quantised(graph: bytes, inputs: Sequence[NDArray[Any]]) -> bytes:
+def _quantised(graph: bytes, inputs: Sequence[tuple[NDArray[Any], NDArray[np.bool_]]], masked: bool) -> bytes:
+    """`inputs` are model inputs (3, h, w), and where they are scored, (h, w), which a `masked` graph is told."""
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
-            self.feeds: Iterator[dict[str, NDArray[Any]]] = iter({"images": pixels[None]} for pixels in inputs)
+            self.feeds: Iterator[dict[str, NDArray[Any]]] = (
+                {"images": pixels[None], **({"inside": inside[None, None].astype(np.float32)} if masked else {})}
+                for pixels, inside in inputs
+            )
 
         def get_next(self) -> dict[str, NDArray[Any]] | None:
             return next(self.feeds, None)
