@@ -19,6 +19,7 @@ from flawmap.export import export, exporting, proof, quantisation
 from flawmap.imaging.geometry import Geometry
 from flawmap.judging.calibration import Calibration
 from flawmap.line.exported import arrays_from_json, arrays_to_json, read_exported, with_metadata
+from flawmap.line.protobuf import field
 from flawmap.report.overlays import overlay
 
 F2R = {"epochs": 3, "views": 2, "hidden": 0.5, "max_vectors": 300, "max_candidates": 10_000}
@@ -247,6 +248,65 @@ def test_forged_files_are_refused_in_one_line(path, tmp_path):
             refused(file)
 
 
+@pytest.mark.parametrize(
+    "part",
+    [
+        field(8, b"\x0a"),
+        field(8, b"\x0a\x09ab"),
+        field(8, b"\x0b"),
+        field(7, b"\x0b"),
+        field(7, field(5, b"\x0b")),
+        b"\x38\x05",
+    ],
+    ids=["opset cut off", "domain cut off", "opset", "graph", "weight", "graph that is a number"],
+)
+def test_a_well_signed_file_that_is_no_graph_is_refused_in_one_line(path, tmp_path, part):
+    graph, content = read_exported(path)
+    file = tmp_path / "forged.onnx"
+    file.write_bytes(with_metadata(part if part[0] == 7 << 3 | 2 or part[0] == 0x38 else graph + part, content))
+    assert "no graph that can be read" in refused(file)
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("where", ["constant", "branch", "function"])
+def test_no_tensor_is_read_from_another_file(path, tmp_path, monkeypatch, where, engine):
+    """OpenVINO reads them from the working folder, of constants too."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "secret.bin").write_bytes(np.arange(3, dtype=np.float32).tobytes())
+    value = numpy_helper.from_array(np.ones(3, np.float32), "k")
+    value.ClearField("raw_data")
+    value.data_location = TensorProto.EXTERNAL
+    value.external_data.add(key="location", value="secret.bin")
+    constant = helper.make_node("Constant", [], ["k"], value=value)
+    names = ("map", "score", "embedding")
+    images, *outputs = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["B", 3]) for name in ("images", *names))
+    nodes, functions, weights = [constant], [], []
+    opsets = [helper.make_opsetid("", 17)]
+    if where == "branch":
+        inner = helper.make_tensor_value_info("k", TensorProto.FLOAT, [3])
+        branch = helper.make_graph([constant], "branch", [], [inner])
+        weights = [helper.make_tensor("yes", TensorProto.BOOL, [], [True])]
+        nodes = [helper.make_node("If", ["yes"], ["k"], then_branch=branch, else_branch=branch)]
+    elif where == "function":
+        functions = [helper.make_function("ai.onnx", "Secret", [], ["k"], [constant], opsets)]
+        nodes = [helper.make_node("Secret", [], ["k"], domain="ai.onnx")]
+    nodes += [helper.make_node("Add", ["images", "k"], [name]) for name in names]
+    graph = helper.make_graph(nodes, "forged", [images], outputs, weights)
+    forged = helper.make_model(graph, opset_imports=opsets, functions=functions, ir_version=8).SerializeToString()
+    (tmp_path / "forged.onnx").write_bytes(with_metadata(forged, read_exported(path)[1]))
+    with pytest.raises(FlawmapError, match="data outside itself"):
+        Inspector.load(tmp_path / "forged.onnx", engine=engine)
+
+
+def test_metadata_of_any_depth_is_refused_in_one_line(path, tmp_path):
+    """Python's JSON is read to another depth than it is written."""
+    graph, text = foreign(), json.dumps({**read_exported(path)[1], "digest": ""})[:-1]
+    for depth in (10, *range(800, 1000), 100_000):
+        nested = f'{text}, "deep": {"[" * depth}{"]" * depth}}}'
+        (tmp_path / "deep.onnx").write_bytes(graph + field(14, field(1, b"flawmap") + field(2, nested.encode())))
+        refused(tmp_path / "deep.onnx")
+
+
 def test_arrays_go_through_json():
     arrays = {"b": np.eye(3, dtype=bool), "a": np.arange(6, dtype=np.float32).reshape(2, 3)}
     kept = arrays_to_json(arrays)
@@ -333,3 +393,26 @@ def test_the_backbone_alone_is_quantised_and_calibrated_anew(tmp_path, monkeypat
     monkeypatch.setattr(quantisation, "_BACKBONE", re.compile("(?!)"))
     with pytest.raises(FlawmapError, match="has none"):
         export(detector, tmp_path / "lossy.onnx", precision="int8", check=good)
+
+
+def test_a_model_with_a_region_of_interest_is_quantised_with_it(tmp_path, monkeypatch):
+    draw_dataset(tmp_path / "boards", "boards", 0, train=12, good=12, per_defect=0, size=96)
+    region = np.zeros((96, 96), bool)
+    region[20:70, 30:80] = True
+    detector = Detector(
+        "padim", image_size=96, channels=8, roi=region, engine="torch", max_false_reject=0.1, calibration="crossfit"
+    ).fit(tmp_path / "boards")
+    good, file = tmp_path / "boards" / "test" / "good", tmp_path / "model.onnx"
+    monkeypatch.setattr(quantisation, "_stand_out", lambda *arguments: 0.9)
+    made = export(detector, file, precision="int8", check=good)
+    inspector = Inspector.load(file)  # by the engine that calibrated it
+    kept = inspector.judge.calibration.scores
+    assert len(kept) == made.quantised.calibrated
+    found = np.array([one.score for one in inspector.predict(good)], np.float32)
+    for score in kept:
+        assert np.abs(found / score - 1).min() < 1e-4
+    image = read_image(next(good.iterdir())).copy()
+    clean = inspector.predict(image)
+    np.testing.assert_array_equal(np.isnan(clean.anomaly_map), ~region)
+    image[40:60, 45:65] = (255, 0, 255)
+    assert inspector.predict(image).score > 1.5 * clean.score
