@@ -325,6 +325,23 @@ def test_patchcore_is_the_distance_to_the_nearest_of_the_bank(trunk, standardise
     np.testing.assert_allclose(scores, expected.max((1, 2)), rtol=1e-4)
 
 
+def test_patchcore_compares_principal_components_and_sums_of_the_others(trunk):
+    features, new = drawn_features(6), drawn_features(3, seed=9)
+    method = collect("patchcore", features, trunk, [4, 2], deep_levels=(), components=21, coreset=1.0)
+    x, y = (patches(maps).reshape(-1, 64) for maps in (features, new))
+    mean, std = x.mean(0), np.maximum(x.std(0), 0.1 * x.std(0).mean())
+    x, y = (x - mean) / std, (y - mean) / std
+    axes = np.linalg.svd(x, full_matrices=False)[2].T
+    first, others = axes[:, :11], axes[:, 11:] * np.sign(axes[np.abs(axes).argmax(0), np.arange(64)])[11:]
+    folded = np.stack([others[:, i::10].sum(1) for i in range(10)], 1)
+    projection = np.concatenate([first, folded], 1)
+    expected = cdist(y @ projection, x @ projection).min(1).reshape(3, 1, 8, 8)
+    np.testing.assert_allclose(method.score([level.clone() for level in new])[0], expected, rtol=1e-3)
+    # Over good patches distances are kept on average.
+    kept, whole = (cdist(a[:64], a[64:]) ** 2 for a in (x @ projection, x))
+    assert kept.mean() == pytest.approx(whole.mean(), rel=0.05)
+
+
 def test_patchcore_reweights_by_equation_7(trunk):
     features, new = drawn_features(6), drawn_features(3, seed=9)
     method = collect("patchcore", features, trunk, deep_levels=(), standardise=False, reweight=True, neighbours=5)
@@ -381,7 +398,7 @@ def test_patchcore_keeps_to_its_budgets(trunk):
     }
     x = patches(features).reshape(-1, 64)
     bank = vectors["candidates"].bank
-    rows = (bank.index[:, :-1] / bank.scale + bank.shift).double().numpy()
+    rows = (bank.index[:, :-1] / bank.patches.scale + bank.patches.shift).double().numpy()
     assert cdist(rows, x).min(1).max() < 1e-4  # patches of training images, ten of each
     assert np.bincount(cdist(rows, x).argmin(1) // 64, minlength=10).tolist() == [10] * 10
 
@@ -394,6 +411,6 @@ def test_a_banks_unit_is_how_far_its_patches_lie_from_other_vectors(trunk, cores
     )
     bank = method.bank
     x = patches(features[:1]).reshape(-1, 24)
-    distances = cdist((x - bank.shift.numpy()) * bank.scale.numpy(), bank.index[:, :-1])
+    distances = cdist((x - bank.patches.shift.numpy()) * bank.patches.scale.numpy(), bank.index[:, :-1])
     distances[distances < 1e-4] = np.inf
     assert float(bank.unit) == pytest.approx(distances.min(1).mean(), rel=1e-4)
