@@ -226,11 +226,11 @@ def embedded(features, reduce):
 def test_padim_is_the_mahalanobis_distance_to_numpys_moments(trunk, covariance, reduction):
     features = drawn_features(30)
     method = collect("padim", features, trunk, channels=12, covariance=covariance, reduction=reduction)
-    np.testing.assert_allclose(method.reduce @ method.reduce.T, np.eye(12), atol=1e-5)
-    x = embedded(features, method.reduce)
-    np.testing.assert_allclose(method.mean, x.mean(1), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(method.gaussians.reduce @ method.gaussians.reduce.T, np.eye(12), atol=1e-5)
+    x = embedded(features, method.gaussians.reduce)
+    np.testing.assert_allclose(method.gaussians.mean, x.mean(1), rtol=1e-5, atol=1e-6)
     new = drawn_features(2, seed=5)
-    y = embedded(new, method.reduce)
+    y = embedded(new, method.gaussians.reduce)
     maps, scores = method.score([level.clone() for level in new])
     expected = np.empty((2, len(x)))
     for position in range(len(x)):
@@ -246,8 +246,8 @@ def test_padim_is_the_mahalanobis_distance_to_numpys_moments(trunk, covariance, 
 
 def test_padim_takes_no_more_channels_than_there_are_and_chooses_each_once(trunk):
     features = drawn_features(4)
-    assert collect("padim", features, trunk, channels=500).reduce.tolist() == np.eye(64).tolist()
-    chosen = collect("padim", features, trunk, channels=10).reduce
+    assert collect("padim", features, trunk, channels=500).gaussians.reduce.tolist() == np.eye(64).tolist()
+    chosen = collect("padim", features, trunk, channels=10).gaussians.reduce
     assert chosen.sum(1).tolist() == [1] * 10
     assert chosen.sum(0).max() == 1
 
@@ -257,11 +257,11 @@ def test_padim_leave_one_out_is_a_fit_without_that_image(trunk, covariance):
     features = drawn_features(20)
     n = len(features[0])
     method = collect("padim", features, trunk, channels=8, covariance=covariance, epsilon=0.01)
-    maps, scores = method.leave_one_out([level.clone() for level in features])
+    maps, scores = method.leave_one_out([level.clone() for level in features], None, torch.arange(n))
     for image in (0, 7, 19):
         rest = [torch.cat([level[:image], level[image + 1 :]]) for level in features]
         refit = collect("padim", rest, trunk, channels=8, covariance=covariance, epsilon=0.01 * (n - 1) / (n - 2))
-        assert torch.equal(refit.reduce, method.reduce)
+        assert torch.equal(refit.gaussians.reduce, method.gaussians.reduce)
         expected, score = refit.score([level[image : image + 1].clone() for level in features])
         np.testing.assert_allclose(maps[image], expected[0], rtol=3e-4)
         assert float(scores[image]) == pytest.approx(float(score), rel=3e-4)
@@ -269,15 +269,15 @@ def test_padim_leave_one_out_is_a_fit_without_that_image(trunk, covariance):
 
 def test_padim_has_no_leave_one_out_of_two_images(trunk):
     features = drawn_features(2)
-    assert collect("padim", features, trunk, channels=8).leave_one_out(features) is None
+    assert collect("padim", features, trunk, channels=8).leave_one_out(features, None, torch.arange(2)) is None
 
 
 def whitening(method):
     """(P, C, C) of the halves that are kept, or (P, C)."""
     if method.config.covariance == "diagonal":
-        return method.whiten
-    upper = F.pad(method.whiten_upper, (0, method.whiten_lower.shape[1]))
-    return torch.cat([upper, method.whiten_lower], 1)
+        return method.gaussians.whiten
+    upper = F.pad(method.gaussians.whiten_upper, (0, method.gaussians.whiten_lower.shape[1]))
+    return torch.cat([upper, method.gaussians.whiten_lower], 1)
 
 
 @pytest.mark.parametrize("covariance", ["full", "diagonal"])
@@ -285,14 +285,14 @@ def test_padim_does_not_depend_on_the_batches(trunk, covariance):
     features = drawn_features(17)
     one = collect("padim", features, trunk, channels=10, covariance=covariance)
     many = collect("padim", features, trunk, [5, 1, 8, 3], channels=10, covariance=covariance)
-    torch.testing.assert_close(one.mean, many.mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(one.gaussians.mean, many.gaussians.mean, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(whitening(one), whitening(many), rtol=1e-3, atol=1e-3)
 
 
 def test_padim_keeps_its_digits_far_from_zero(trunk):
     features = [level + 1000 for level in drawn_features(25)]
     method = collect("padim", features, trunk, [8, 8, 9], channels=6)
-    x = embedded(features, method.reduce)
+    x = embedded(features, method.gaussians.reduce)
     for position in (0, 100, 255):
         inverse = np.linalg.inv(np.cov(x[position], rowvar=False) + 0.01 * np.eye(6))
         ours = whitening(method)[position].double().numpy()

@@ -45,10 +45,12 @@ def scores(detector, paths):
 def covariances(method):
     """(P, C, C) or (P, C), without epsilon, from the whitening that the method keeps."""
     if method.config.covariance == "diagonal":
-        return method.whiten.double() ** -2 - method.config.epsilon
-    upper = torch.nn.functional.pad(method.whiten_upper, (0, method.width - method.whiten_upper.shape[2]))
-    factor = torch.linalg.inv(torch.cat([upper, method.whiten_lower], 1).double())
-    return factor @ factor.transpose(1, 2) - method.config.epsilon * torch.eye(method.width)
+        return method.gaussians.whiten.double() ** -2 - method.config.epsilon
+    upper = torch.nn.functional.pad(
+        method.gaussians.whiten_upper, (0, method.gaussians.width - method.gaussians.whiten_upper.shape[2])
+    )
+    factor = torch.linalg.inv(torch.cat([upper, method.gaussians.whiten_lower], 1).double())
+    return factor @ factor.transpose(1, 2) - method.config.epsilon * torch.eye(method.gaussians.width)
 
 
 @pytest.mark.parametrize("reduction", ["random", "orthogonal"])
@@ -58,10 +60,10 @@ def test_padim_updated_is_padim_fitted_on_all(parts, halves, covariance, reducti
     updated = padim(**settings).fit(halves[0]).update(halves[1])
     together = padim(**settings).fit([*halves[0], *halves[1]])
     one, other = updated.method_, together.method_
-    assert torch.equal(one.reduce, other.reduce)
-    assert torch.equal(one.images, other.images)
-    assert one.images.unique().tolist() == [30]
-    torch.testing.assert_close(one.mean, other.mean, rtol=1e-4, atol=1e-5)
+    assert torch.equal(one.gaussians.reduce, other.gaussians.reduce)
+    assert torch.equal(one.gaussians.images, other.gaussians.images)
+    assert one.gaussians.images.unique().tolist() == [30]
+    torch.testing.assert_close(one.gaussians.mean, other.gaussians.mean, rtol=1e-4, atol=1e-5)
     expected = covariances(other)
     torch.testing.assert_close(covariances(one), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
     np.testing.assert_allclose(scores(updated, pictures(parts)), scores(together, pictures(parts)), rtol=1e-3)
@@ -82,10 +84,12 @@ def test_padim_with_a_region_of_interest_counts_each_position(halves):
     roi[:, 20:] = True
     updated = padim(roi=roi).fit(halves[0]).update(halves[1])
     together = padim(roi=roi).fit([*halves[0], *halves[1]])
-    assert torch.equal(updated.method_.images, together.method_.images)
-    assert updated.method_.images.unique().tolist() == [0, 30]
-    seen = updated.method_.images > 0
-    torch.testing.assert_close(updated.method_.mean[seen], together.method_.mean[seen], rtol=1e-4, atol=1e-5)
+    assert torch.equal(updated.method_.gaussians.images, together.method_.gaussians.images)
+    assert updated.method_.gaussians.images.unique().tolist() == [0, 30]
+    seen = updated.method_.gaussians.images > 0
+    torch.testing.assert_close(
+        updated.method_.gaussians.mean[seen], together.method_.gaussians.mean[seen], rtol=1e-4, atol=1e-5
+    )
     expected = covariances(together.method_)[seen]
     found = covariances(updated.method_)[seen]
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
@@ -190,7 +194,7 @@ def test_tiles_are_learnt_later_too(parts, halves):
     geometry = Geometry.tile(48, 16)
     detector = padim(geometry=geometry).fit(halves[0]).update(halves[1])
     together = padim(geometry=geometry).fit([*halves[0], *halves[1]])
-    assert detector.method_.images.unique().tolist() == [30 * 4]
+    assert detector.method_.gaussians.images.unique().tolist() == [30 * 4]
     np.testing.assert_allclose(scores(detector, pictures(parts)), scores(together, pictures(parts)), rtol=1e-3)
 
 

@@ -34,7 +34,7 @@ from flawmap.line import Inspector
 from flawmap.line.engines import Engine, check_engine
 from flawmap.line.evaluating import evaluate_inspector
 from flawmap.line.model_card import ModelCard
-from flawmap.methods import Method, configure, method_class
+from flawmap.methods import Method, automatic, configure, method_class
 from flawmap.model_file import read_model, write_model
 from flawmap.report.overlays import HeatScale
 
@@ -48,7 +48,7 @@ class Detector:
     """Learns what good parts look like, then says of an image: good or not, how sure, and where.
 
     Args:
-        method: a name that `flawmap methods` prints.
+        method: a name that `flawmap methods` prints, or "auto": "gaussbank", or "patchcore" for tiles.
         preset: named settings of the method, such as "paper".
         backbone: any timm model with intermediate features.
         weights: a local weight file; None for the embedded weights or timm's hub.
@@ -61,7 +61,7 @@ class Detector:
         seed: of everything random.
         max_false_reject: the share of good parts that may be rejected.
         guarantee: "marginal" or "confidence", see `flawmap.judging.calibration`.
-        calibration: "auto", "holdout", "crossfit", or a folder of further good images.
+        calibration: "auto", "loo", "holdout", "crossfit", or a folder of further good images.
         settings: the method's own.
 
     Attributes:
@@ -83,14 +83,14 @@ class Detector:
 
     Example:
         >>> from flawmap import Detector
-        >>> detector = Detector("patchcore", image_size=224).fit("parts/good")   # doctest: +SKIP
+        >>> detector = Detector(image_size=224).fit("parts/good")   # doctest: +SKIP
         >>> detector.predict("parts/new/0001.png").verdict                       # doctest: +SKIP
         'good'
     """
 
     def __init__(
         self,
-        method: str = "patchcore",
+        method: str = "auto",
         *,
         preset: str | None = None,
         backbone: str = DEFAULT_BACKBONE,
@@ -107,13 +107,13 @@ class Detector:
         calibration: str | Path = "auto",
         **settings: Any,
     ) -> None:
-        self.method = method
-        self._method_class = method_class(method)
+        self.geometry = geometry or Geometry()
+        self.method = automatic(self.geometry.kind == "tile")[0] if method == "auto" else method
+        self._method_class = method_class(self.method)
         self.config = configure(self._method_class, settings, preset)
         self.backbone = backbone
         self.weights = weights
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else image_size
-        self.geometry = geometry or Geometry()
         self._size = self.geometry.input_size(self.image_size)
         self._region = read_region(Path(roi)) if isinstance(roi, (str, Path)) else roi
         self._template = None if register is None else read_template(Path(register))

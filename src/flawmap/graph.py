@@ -34,7 +34,7 @@ class InspectionGraph(nn.Module):
         A method that only says whether a part is good has no map.
         """
         features = self.method.features(images.float() * self.gain - self.offset, inside)
-        anomaly_map, score = self.method.score(features, inside)
+        anomaly_map, score = self.method.levelled(*self.method.score(features, inside), inside)
         pooled = torch.cat([features[i].mean((2, 3)) for i in self.method.backbone.medium], 1)
         if not self.method.localises:
             return score, pooled

@@ -14,7 +14,7 @@ from torch import Tensor
 from flawmap.errors import FlawmapError
 from flawmap.files import replacing
 
-FORMAT = 2
+FORMAT = 3
 _KEY = "flawmap"
 
 

@@ -24,7 +24,7 @@ _FEW = 20  # images; fewer do not calibrate
     "-o", "--output", type=click.Path(path_type=Path, dir_okay=False), required=True, help="Model file to write."
 )
 @click.option("--category", help="One category of a data set root.")
-@click.option("--method", default="patchcore", show_default=True, help="See `flawmap methods`.")
+@click.option("--method", default="auto", show_default=True, help="See `flawmap methods`; auto chooses one.")
 @click.option("--preset", help="Named settings of the method: default or paper.")
 @click.option(
     "--backbone", default="tf_efficientnet_lite0", show_default=True, help="Any timm name; see `flawmap backbones`."
@@ -58,7 +58,10 @@ _FEW = 20  # images; fewer do not calibrate
     help="Keep it on average, or with 95 % confidence.",
 )
 @click.option(
-    "--calibration", default="auto", show_default=True, help="holdout, crossfit, or a folder of further good images."
+    "--calibration",
+    default="auto",
+    show_default=True,
+    help="loo (leave one out), holdout, crossfit, or a folder of further good images.",
 )
 @click.option("--shots", type=int, metavar="K", help="Learn from K of the good images, drawn by --seed.")
 @click.option(
@@ -135,6 +138,7 @@ def train_command(
         dataset = _drawn(dataset, shots, **options)
 
     from flawmap.detector import Detector
+    from flawmap.methods import automatic
 
     tuning = None
     with ProgressLines() as progress:
@@ -160,6 +164,10 @@ def train_command(
             else:
                 detector = Detector(**settled).fit(dataset, **told)
         detector.save(output)
+        if options["method"] == "auto" and update is None:
+            click.echo(f"method {detector.method}: {automatic(tile is not None)[1]}")
+        if detector.training_.get("levelling"):
+            click.echo(detector.training_["levelling"])
         progress("report", 0, 1)
         write_report(html, detector, dataset)
     if tuning is not None:
@@ -206,7 +214,7 @@ def _drawn(dataset: Dataset, shots: int, *, seed: int, calibration: str, **optio
     drawn = draw_shots(dataset, shots, seed)
     names = ", ".join(str(sample.path.relative_to(dataset.root)) for sample in drawn.train)
     click.echo(f"shots: {shots} of {len(dataset.train)} good images, drawn by seed {seed}: {names}")
-    if shots < _FEW and calibration in ("auto", "holdout", "crossfit"):
+    if shots < _FEW and calibration in ("auto", "loo", "holdout", "crossfit"):
         log.warning(
             "%d images say little of how good parts vary: what is stated of false rejects is weak; "
             "--calibration FOLDER with further good images makes it firmer",

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 GUARANTEES = ("marginal", "confidence")
-MODES = ("holdout", "crossfit", "folder")
+MODES = ("holdout", "loo", "crossfit", "folder")
+_PROMISING = ("holdout", "folder")
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ class Calibration:
     Attributes:
         scores: (n,) float32, of the images.
         peaks: (n,) float32, the largest value of each image's anomaly map; empty for methods without a map.
-        mode: "holdout", "crossfit" or "folder": where the images came from. Only "crossfit" promises nothing.
+        mode: "holdout" or "folder": the images were not learnt from. "loo" or "crossfit": each was scored by a method
+            without it, or without some of them, which is not the method that judges, so nothing is promised.
     """
 
     scores: NDArray[np.float32]
@@ -85,7 +87,7 @@ class Calibration:
 
     def threshold(self, rate: float = 0.01, guarantee: str = "marginal") -> Threshold:
         """The lowest threshold that keeps the rate, or the strictest one there is: see `threshold_for`."""
-        return threshold_for(self.scores, rate, guarantee, promised=self.mode != "crossfit")
+        return threshold_for(self.scores, rate, guarantee, promised=self.mode in _PROMISING)
 
     def threshold_at(self, value: float) -> Threshold:
         """A threshold the user names, with the share of calibration images that reach it."""
@@ -95,7 +97,7 @@ class Calibration:
 
     def pixel_threshold(self, rate: float = 0.01) -> Threshold:
         """Where regions are cut: the conformal quantile of the maps' maxima, so a good image rarely shows a region."""
-        return threshold_for(self.peaks, rate, "marginal", promised=self.mode != "crossfit")
+        return threshold_for(self.peaks, rate, "marginal", promised=self.mode in _PROMISING)
 
 
 def p_value(scores: NDArray[np.float32], score: float) -> float:

@@ -171,9 +171,9 @@ def fit(
                 raise FlawmapError(f"--drop-atypical {drop_atypical} leaves {len(images)} images: drop fewer")
             method, split, good = learning.learn(images)
         latents = None
-        if kind.live and split.mode != "crossfit":
+        if kind.live and not split.reused:
             latents = Latents.of(method, data.of(method), good.images, recipe.device)
-        calibration = Calibration(good.scores, good.peaks, split.mode)
+        calibration = Calibration(good.scores, good.peaks, good.mode)
         records = [data.of(method).record(i) for i in split.fitting]
         digests = sorted(data.digests[i] for i in split.fitting)
         return Fitted(
@@ -188,6 +188,7 @@ def fit(
                 "seed": recipe.seed,
                 "engine": data.engine,
                 "libraries": {name: version(name) for name in _LIBRARIES},
+                "levelling": good.levelling,
             },
             latents,
             [
@@ -225,7 +226,18 @@ class _Learning:
             checkpoint = None if self.folder is None else self.folder / f"checkpoint-{of[:16]}"
             told = shown.setdefault(what, _renamed(self.progress, what))
             say = silent if what else self.announce
-            train(method, data, data.rows(some), seed=recipe.seed, progress=told, announce=say, checkpoint=checkpoint)
+            rows = data.rows(some)
+            groups = [self.groups[i] for i in some for _ in data.rows([i])]
+            train(
+                method,
+                data,
+                rows,
+                groups=groups if split.mode == "loo" and not what else None,
+                seed=recipe.seed,
+                progress=told,
+                announce=say,
+                checkpoint=checkpoint,
+            )
             return method
 
         method = fit(split.fitting)

@@ -1,4 +1,4 @@
-"""Scores of good images by a method that has not seen them: held out, or cross-fitted."""
+"""Scores of good images by a method that has not seen them: held out, left out one by one, or cross-fitted."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from flawmap.errors import FlawmapError
 from flawmap.imaging.image_files import find_images
+from flawmap.learning.alignment import LOOKED_AT, find_alignment
 from flawmap.learning.data import COLLECTED, Progress, TrainingData, batches, on_device
 from flawmap.methods import Method
+from flawmap.methods.blocks.levelling import FEWEST, GoodMaps
+from flawmap.methods.blocks.smoothing import largest, on_grid
 
 # Leaving out a third of many images changes a bank as little as leaving out a fifth of few.
 _FOLDS, _FOLDS_OF_MANY, _MANY = 5, 3, 150
@@ -26,7 +30,7 @@ Fit = Callable[[Sequence[int], str], Method]
 
 @dataclass(frozen=True)
 class Split:
-    """Positions of images to fit on and to calibrate on; with "crossfit" the latter are the former.
+    """Positions of images to fit on and to calibrate on; with "loo" and "crossfit" the latter are the former.
 
     Images of one group, that is of the same content, never stand on both sides.
     """
@@ -36,6 +40,11 @@ class Split:
     mode: str
     groups: Sequence[int] = ()
 
+    @property
+    def reused(self) -> bool:
+        """Whether the images that are fitted on calibrate too."""
+        return self.mode in ("loo", "crossfit")
+
 
 def calibration_images(calibration: str | Path) -> list[Path]:
     """The images of a calibration folder; none where `calibration` is a mode.
@@ -43,11 +52,11 @@ def calibration_images(calibration: str | Path) -> list[Path]:
     Raises:
         FlawmapError: it is neither, or there are none.
     """
-    if str(calibration) in ("auto", "holdout", "crossfit"):
+    if str(calibration) in ("auto", "holdout", "loo", "crossfit"):
         return []
     folder = Path(calibration)
     if not folder.is_dir():
-        raise FlawmapError(f"--calibration {folder} is neither a folder of good images nor holdout or crossfit")
+        raise FlawmapError(f"--calibration {folder} is neither a folder of good images nor loo, holdout or crossfit")
     paths = find_images(folder)
     if not paths:
         raise FlawmapError(f"--calibration {folder} holds no images: put good images there that are not trained on")
@@ -68,8 +77,9 @@ def split_images(
         digests: of all images, those of a calibration folder last.
         groups: of all images; those of one group show the same.
         images: positions of the training images.
-        calibration: "auto", "holdout", "crossfit" or a folder.
-        optimises: whether the method trains by gradient, which is too dear to do once a fold.
+        calibration: "auto", "holdout", "loo", "crossfit" or a folder.
+        optimises: whether the method trains by gradient: it cannot leave images out afterwards, and is too dear to be
+            trained once a fold.
         seed: of the split.
 
     Raises:
@@ -77,10 +87,10 @@ def split_images(
     """
     mode = calibration
     if mode == "auto":
-        mode = "holdout" if optimises else "crossfit"
-    if mode in ("crossfit", "holdout") and len({groups[i] for i in images}) < 2:
+        mode = "holdout" if optimises else "loo"
+    if mode in ("loo", "crossfit", "holdout") and len({groups[i] for i in images}) < 2:
         raise FlawmapError("all training images show the same: give different ones, or --calibration FOLDER")
-    if mode == "crossfit":
+    if mode in ("loo", "crossfit"):
         return Split(list(images), [], mode, groups)
     if mode == "holdout":
         held_out = {images[i] for i in folds([groups[i] for i in images], _HELD_OUT, seed)[0]}
@@ -95,11 +105,35 @@ def split_images(
 
 @dataclass(frozen=True)
 class GoodScores:
-    """Scores and map maxima (n,) of good images, each distinct image once, with their positions."""
+    """Scores and map maxima (n,) of good images, each distinct image once, with their positions.
+
+    Attributes:
+        mode: how they were come by, as `Split.mode`: "crossfit" where "loo" was wanted and cannot be had.
+        levelling: what the method's `level=auto` decided and by which evidence, one line; None where it is not set.
+    """
 
     images: list[int]
     scores: NDArray[np.float32]
     peaks: NDArray[np.float32]
+    mode: str
+    levelling: str | None = None
+
+
+@dataclass
+class _Scored:
+    """Model inputs as a method that had not learnt them scored them, in the order in which they came."""
+
+    owners: list[int]
+    maps: list[Tensor]
+    scores: list[Tensor]
+    inside: list[Tensor]
+
+    def add(self, owners: Sequence[int], scored: tuple[Tensor, Tensor], inside: Tensor | None) -> None:
+        self.owners += owners
+        self.maps.append(scored[0].cpu())
+        self.scores.append(scored[1].cpu())
+        if inside is not None:
+            self.inside.append(inside.cpu())
 
 
 def good_scores(
@@ -110,57 +144,130 @@ def good_scores(
     device: str,
     progress: Progress,
     fit: Fit | None = None,
+    *,
+    level: bool = True,
 ) -> GoodScores:
-    """Scores the held-out images with `method`, or each training image with a method that `fit` makes without it."""
-    found: dict[str, tuple[int, float, float]] = {}
+    """Scores the held-out images with `method`, or each training image with a method that has not learnt it.
 
-    def score(method: Method, images: Sequence[int], closed: bool = False) -> None:
-        owners = [i for i in images for _ in data.rows([i])]
+    A method that `level`s learns to do so from the maps; each image is then scored by what the others taught.
+
+    Raises:
+        FlawmapError: leaving one out was asked for, and the method has no closed form for it.
+    """
+    with torch.inference_mode():
+        scored, mode = _scored(method, data, split, seed, device, progress, fit)
+        levelling = None
+        if method.levelling is not None and level:
+            levelling = _level(method, data, split, scored)
         best: dict[int, tuple[float, float]] = {}
-        read = data.of(method).features
-        for part, of in zip(batches(data.rows(images), COLLECTED), batches(owners, COLLECTED), strict=True):
-            features, inside = on_device(read(part), device)
-            with torch.inference_mode():
-                scored = (method.leave_one_out if closed else method.score)(features, inside)
-                assert scored is not None
-                peaks = method.enlarge(scored[0], inside).amax((1, 2, 3)).tolist()
-            for image, value, peak in zip(of, scored[1].tolist(), peaks, strict=True):
+        start = 0
+        for i, maps in enumerate(scored.maps):
+            inside = scored.inside[i].to(device) if scored.inside else None
+            peaks = method.enlarge(maps.to(device), inside).amax((1, 2, 3)).tolist()
+            owners = scored.owners[start : start + len(maps)]
+            start += len(maps)
+            for image, value, peak in zip(owners, scored.scores[i].tolist(), peaks, strict=True):
                 before = best.get(image, (value, peak))
                 best[image] = (max(value, before[0]), max(peak, before[1]))
-        for image, pair in best.items():
-            found.setdefault(data.digests[image], (image, *pair))
-        progress("calibration", min(len(found), total), total)
+    distinct = {data.digests[image]: image for image in sorted(best, reverse=True)}
+    images = sorted(distinct.values())
+    peaks_of = np.array([best[image][1] for image in images] if method.localises else [], np.float32)
+    return GoodScores(images, np.array([best[image][0] for image in images], np.float32), peaks_of, mode, levelling)
 
-    images = split.held_out if split.mode != "crossfit" else split.fitting
-    digests = [data.digests[i] for i in images]
-    total = len(set(digests))
-    if split.mode != "crossfit":
+
+def _scored(
+    method: Method,
+    data: TrainingData,
+    split: Split,
+    seed: int,
+    device: str,
+    progress: Progress,
+    fit: Fit | None,
+) -> tuple[_Scored, str]:
+    images = split.fitting if split.reused else split.held_out
+    total, found = len(images), _Scored([], [], [], [])
+
+    def score(method: Method, images: Sequence[int]) -> None:
+        read = data.of(method).features
+        owners = [i for i in images for _ in data.rows([i])]
+        for part, of in zip(batches(data.rows(images), COLLECTED), batches(owners, COLLECTED), strict=True):
+            features, inside = on_device(read(part), device)
+            found.add(of, method.score(features, inside), inside)
+        progress("calibration", len(set(found.owners)), total)
+
+    if not split.reused:
         for some in batches(images, COLLECTED):
             score(method, some)
-    elif _has_closed_form(method, data, images, device):
-        for some in batches(images, COLLECTED):
-            score(method, some, closed=True)
-    else:
-        parts = folds([split.groups[i] for i in images], _FOLDS if len(images) < _MANY else _FOLDS_OF_MANY, seed)
-        assert fit is not None
-        for number, fold in enumerate(parts, start=1):
-            left = {images[i] for i in fold}
-            refit = fit([i for i in images if i not in left], f"fold {number} of {len(parts)}")
-            score(refit, sorted(left))
-    rows = list(found.values())
-    peaks = np.array([row[2] for row in rows] if method.localises else [], np.float32)
-    return GoodScores([row[0] for row in rows], np.array([row[1] for row in rows], np.float32), peaks)
+        return found, split.mode
+    if split.mode == "loo":
+        left_out = _left_out(method, data, split, device, progress)
+        if left_out is not None:
+            return left_out, "loo"
+    parts = folds([split.groups[i] for i in images], _FOLDS if len(images) < _MANY else _FOLDS_OF_MANY, seed)
+    assert fit is not None
+    for number, fold in enumerate(parts, start=1):
+        left = {images[i] for i in fold}
+        refit = fit([i for i in images if i not in left], f"fold {number} of {len(parts)}")
+        score(refit, sorted(left))
+    return found, "crossfit"
 
 
-def _has_closed_form(method: Method, data: TrainingData, images: Sequence[int], device: str) -> bool:
-    """Leaving one out in closed form leaves out one model input: an image may not have two, nor a byte-identical twin.
+def _left_out(method: Method, data: TrainingData, split: Split, device: str, progress: Progress) -> _Scored | None:
+    """Each group's images by the method without them, some groups at a time, in the order of their numbers."""
+    found = _Scored([], [], [], [])
+    rows_of: dict[int, list[tuple[int, int]]] = {}
+    for image in split.fitting:
+        rows_of.setdefault(split.groups[image], []).extend((image, row) for row in data.rows([image]))
+    waiting: list[tuple[int, int, int]] = []  # group, image, row
+    numbers = sorted(rows_of)
+    for group in numbers:
+        waiting += [(group, image, row) for image, row in rows_of[group]]
+        following = len(rows_of[numbers[numbers.index(group) + 1]]) if group != numbers[-1] else COLLECTED
+        if len(waiting) + following <= COLLECTED:
+            continue
+        features, inside = on_device(data.of(method).features([row for *_, row in waiting]), device)
+        groups = torch.tensor([of for of, *_ in waiting], device=device)
+        scored = method.leave_one_out(features, inside, groups)
+        if scored is None:
+            return None
+        found.add([image for _, image, _ in waiting], scored, inside)
+        waiting = []
+        progress("calibration", len(set(found.owners)), len(split.fitting))
+    return found
 
-    Near-duplicates stay in, which flatters the scores; to fit anew without each group would cost many times as much.
-    """
-    if len({data.digests[i] for i in images}) < len(images) or len(data.rows(images)) > len(images):
-        return False
-    with torch.inference_mode():
-        return method.leave_one_out(*on_device(data.features(data.rows(images[:1])), device)) is not None
+
+def _level(method: Method, data: TrainingData, split: Split, scored: _Scored) -> str:
+    """Lets the method learn to level, levels what was scored, and says in one line what was decided and why."""
+    assert method.levelling is not None
+    maps = torch.cat(scored.maps)
+    if data.prepare.geometry.kind == "tile":
+        return "maps are not levelled: a place in a tile is no place of the part"
+    if len(maps) < FEWEST:
+        return f"maps are not levelled: {len(maps)} good images are too few to know each place by, {FEWEST} are needed"
+    rows = data.rows(split.fitting or split.held_out)
+    chosen = [rows[i] for i in np.linspace(0, len(rows) - 1, min(len(rows), LOOKED_AT)).astype(int)]
+    alignment = find_alignment([data.pixels(row) for row in chosen])
+    if alignment.lie == "any pose":
+        return f"maps are not levelled: {alignment.describe()}"
+    inside = on_grid(torch.cat(scored.inside), maps.shape[-2:]) if scored.inside else None
+    good = GoodMaps(maps, inside)
+    means = alignment.lie == "texture"
+    method.levelling.learn(good, means=means)
+    groups = torch.tensor([split.groups[i] if split.groups else i for i in scored.owners])
+    level = torch.empty_like(maps)
+    for group in groups.unique():
+        members = (groups == group).nonzero()[:, 0]
+        shift, gain = good.level(members, means=means)
+        level[members] = (maps[members] - shift) * gain
+    sizes = [len(part) for part in scored.maps]
+    scored.maps = list(level.split(sizes))
+    held = [None] * len(sizes) if not scored.inside else scored.inside
+    scored.scores = [largest(part, where) for part, where in zip(scored.maps, held, strict=True)]
+    by = "mean and spread" if means else "spread"
+    return (
+        f"maps are levelled by the {by} of each place: {alignment.describe()}; "
+        f"the place explains {good.explained():.0%} of what good images' maps vary by"
+    )
 
 
 def folds(groups: Sequence[Any], count: int, seed: int) -> list[list[int]]:

@@ -31,6 +31,7 @@ def train(
     rows: Sequence[int],
     stages: Iterator[Stage] | None = None,
     *,
+    groups: Sequence[int] | None = None,
     seed: int = 0,
     progress: Progress = quiet,
     announce: Announce = silent,
@@ -38,6 +39,7 @@ def train(
 ) -> None:
     """Runs stages, those of `method` by default, over the model inputs `rows` of `data`; it is ready to score after.
 
+    `groups` are those of the rows, by which inputs are left out later, see `Method.groups`.
     The same seed, machine, thread count and library versions give the same tensors. With a `checkpoint`, the state is
     written there after every epoch, and a training that was killed goes on from it to the same tensors.
 
@@ -45,6 +47,7 @@ def train(
         FlawmapError: the loss is not finite, memory runs out, or the checkpoint is damaged.
     """
     device = next(chain(method.parameters(), method.buffers())).device
+    method.groups = None if groups is None else torch.tensor(groups)
     state = _Checkpoint(checkpoint if method.optimises else None, method)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

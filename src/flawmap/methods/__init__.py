@@ -1,7 +1,7 @@
 """One file per paper, each reading like it, behind one contract and one registry."""
 
 from flawmap.methods.contract import Collect, Config, Method, Optimise, Stage, SyntheticDefects
-from flawmap.methods.registry import METHODS, configure, method_class
+from flawmap.methods.registry import METHODS, automatic, configure, method_class
 
 __all__ = [
     "METHODS",
@@ -11,6 +11,7 @@ __all__ = [
     "Optimise",
     "Stage",
     "SyntheticDefects",
+    "automatic",
     "configure",
     "method_class",
 ]

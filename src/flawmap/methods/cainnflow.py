@@ -42,10 +42,10 @@ from torch import Tensor, nn
 from flawmap.backbones import Backbone, default_deep_levels, default_levels, levels_at
 from flawmap.flows import ActNorm, Block, Clamp, Coupling, Flow, Mixing, Separate, Subnet, convolutions
 from flawmap.methods.blocks.smoothing import Enlarge, largest, on_grid
-from flawmap.methods.contract import Config, Method, Optimise, Stage, epochs_within
+from flawmap.methods.contract import LevelledConfig, Method, Optimise, Stage, epochs_within
 
 
-class CAINNFlowConfig(Config):
+class CAINNFlowConfig(LevelledConfig):
     """Settings of CAINNFlow."""
 
     levels: tuple[str, ...] | None = Field(None, description="backbone levels of the map; by `stride` if unset")

@@ -43,7 +43,7 @@ from flawmap.methods.blocks.hypersphere_centres import HypersphereCentres
 from flawmap.methods.blocks.moments import Moments, whitening_axes
 from flawmap.methods.blocks.patches import fused, sampled
 from flawmap.methods.blocks.smoothing import Enlarge, largest, scored_positions
-from flawmap.methods.contract import Collect, Config, Method, Optimise, Stage, epochs_within
+from flawmap.methods.contract import Collect, LevelledConfig, Method, Optimise, Stage, epochs_within
 from flawmap.neighbours import k_nearest, nearest, search_index
 
 _RADIUS_SAMPLE = 4096
@@ -51,7 +51,7 @@ _RIDGE = 0.1  # of the mean variance: directions that good parts hardly use must
 _ROWS = 2048  # queries whose products with the bank are held at a time
 
 
-class CFAConfig(Config):
+class CFAConfig(LevelledConfig):
     """Settings of CFA."""
 
     levels: tuple[str, ...] | None = Field(None, description="backbone levels; those at 1/4, 1/8 and 1/16 if unset")

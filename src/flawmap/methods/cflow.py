@@ -46,10 +46,10 @@ from flawmap.methods.blocks.position_flows import (
     with_levels,
 )
 from flawmap.methods.blocks.smoothing import Enlarge, largest
-from flawmap.methods.contract import Method, Stage
+from flawmap.methods.contract import LevelledConfig, Method, Stage
 
 
-class CFlowConfig(PositionFlowsConfig):
+class CFlowConfig(PositionFlowsConfig, LevelledConfig):
     """Settings of CFLOW-AD."""
 
     sigma: float = Field(4.0, ge=0, le=1000, description="Gaussian smoothing of the map, in input pixels")

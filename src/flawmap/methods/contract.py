@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from flawmap.backbones import Backbone
-from flawmap.methods.blocks.smoothing import Enlarge
+from flawmap.methods.blocks.levelling import Levelling
+from flawmap.methods.blocks.smoothing import Enlarge, largest
 from flawmap.synthesis import SynthesisSettings
 
 
@@ -47,6 +48,14 @@ class Config(BaseModel):
     """A method's settings. Every field can be set by `--set key=value`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class LevelledConfig(Config):
+    """Settings of a method whose maps may be levelled."""
+
+    level: Literal["none", "auto"] = Field(
+        "none", description="auto levels maps by good images' own, where parts lie alike"
+    )
 
 
 @dataclass(frozen=True)
@@ -135,8 +144,10 @@ class Method(nn.Module):
         live_buffers: what moves with them; inputs of the graph that inspects, so that it is made once.
         costly_buffers: those of them that take long to make; the others an exported file makes of the settings itself.
         symbols: what an exported file calls a live setting, where that is not its name here.
-        optimises: True where stages train by gradient; such methods hold out good images for calibration, the others
-            cross-fit.
+        optimises: True where stages train by gradient; such methods hold out good images for calibration.
+        groups: (N,) int64, in training the group of each of the N model inputs, in the order in which stages are given
+            them: inputs of one image, and of images that show the same, have one. None where nothing is left out.
+        levelling: what levels the maps, see `levelled`; None where `level` is "none" or not a setting.
     """
 
     Config: ClassVar[type[Config]] = Config
@@ -163,6 +174,8 @@ class Method(nn.Module):
         self.config = config
         self.backbone = backbone
         self.size = size
+        self.groups: Tensor | None = None
+        self.levelling = Levelling() if getattr(config, "level", "none") == "auto" else None
 
     @classmethod
     def resolved(cls, config: Any, backbone: str) -> Any:
@@ -226,10 +239,20 @@ class Method(nn.Module):
         enlarged: Tensor = self.resize(anomaly_map, inside)
         return enlarged
 
-    def leave_one_out(self, features: list[Tensor], inside: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
-        """`score` of training images as if each had been left out of training, in closed form.
+    def levelled(self, anomaly_map: Tensor, image_score: Tensor, inside: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What `score` gave; with a level map and its largest value as the image score where `levelling` has learnt."""
+        if self.levelling is None or not self.levelling.levels:
+            return anomaly_map, image_score
+        level = self.levelling(anomaly_map)
+        return level, largest(level, inside)
 
-        None, the default, where there is no closed form; calibration then refits on folds.
+    def leave_one_out(
+        self, features: list[Tensor], inside: Tensor | None, groups: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        """`score` of training inputs, each as if all inputs of its group had been left out of training.
+
+        `groups` (B,) are numbers of `Method.groups`; all inputs of each of these groups are among the features. None,
+        the default, where there is no closed form; calibration then refits on folds.
         """
         return None
 
@@ -255,7 +278,8 @@ class Method(nn.Module):
 
     def forward(self, images: Tensor, inside: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """images (B, 3, H, W) -> anomaly map (B, 1, H, W) and image score (B,)."""
-        anomaly_map, image_score = self.score(self.features(images, inside), inside)
+        features = self.features(images, inside)
+        anomaly_map, image_score = self.levelled(*self.score(features, inside), inside)
         return self.enlarge(anomaly_map, inside), image_score
 
     def load_state(self, state: dict[str, Tensor]) -> None:

@@ -39,11 +39,19 @@ METHODS: dict[str, Entry] = {
         Entry("differnet", "flawmap.methods.differnet:DifferNet", "Rudolph et al., WACV 2021"),
         Entry("draem", "flawmap.methods.draem:DRAEM", "Zavrtanik et al., ICCV 2021"),
         Entry("f2r", "flawmap.methods.f2r:F2R", "Zhu et al., IEEE Access 2023"),
+        Entry("gaussbank", "flawmap.methods.gaussbank:Gaussbank", "of PaDiM's and PatchCore's parts"),
         Entry("padim", "flawmap.methods.padim:PaDiM", "Defard et al., ICPR 2021"),
         Entry("patchcore", "flawmap.methods.patchcore:PatchCore", "Roth et al., CVPR 2022"),
         Entry("pouta", "flawmap.methods.pouta:POUTA", "Wang et al., TCSVT 2024"),
     )
 }
+
+
+def automatic(tiled: bool) -> tuple[str, str]:
+    """What `--method auto` stands for, and why, in one line."""
+    if tiled:
+        return "patchcore", "all windows of an image share their places, so a bank of patches alone"
+    return "gaussbank", "a Gaussian at each place and a bank of patches together"
 
 
 def method_class(name: str) -> type[Method]:

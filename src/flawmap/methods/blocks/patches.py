@@ -31,6 +31,7 @@ class PatchSample:
 
     Attributes:
         seen: how many there were to draw from.
+        origins: (N,) int64, the number of the image that each row came from, in the order in which they were added.
 
     Args:
         images: how many will be added.
@@ -55,6 +56,7 @@ class PatchSample:
         self._each = min(positions, max(1, most // images))
         self._rows = torch.empty(images * self._each, channels, device=device)
         self._filled = 0
+        self._counts: list[int] = []
         self._generator = generator
 
     @property
@@ -66,6 +68,11 @@ class PatchSample:
         """(N, C), what was drawn; changes to it stay."""
         return self._rows[: self._filled]
 
+    @property
+    def origins(self) -> Tensor:
+        counts = torch.tensor(self._counts, device=self._rows.device)
+        return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+
     def add(self, patches: Tensor, scored: Tensor | None) -> None:
         """Draws from the patches (B, T, C) of each image, those where `scored` (B, T) is 0 left out."""
         for i, own in enumerate(patches):
@@ -75,6 +82,7 @@ class PatchSample:
                 kept = kept[torch.randperm(len(kept), generator=self._generator)[: self._each].to(kept.device)]
             self._rows[self._filled : self._filled + len(kept)] = kept
             self._filled += len(kept)
+            self._counts.append(len(kept))
 
 
 def sampled(patches: Tensor, scored: Tensor | None, count: int) -> tuple[Tensor, Tensor, Tensor]:

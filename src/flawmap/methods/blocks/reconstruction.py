@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from flawmap.backbones import Backbone, levels_at
 from flawmap.errors import FlawmapError
 from flawmap.methods.blocks.smoothing import largest, within
-from flawmap.methods.contract import Config, Method, Optimise, Stage, SyntheticDefects, epochs_within
+from flawmap.methods.contract import LevelledConfig, Method, Optimise, Stage, SyntheticDefects, epochs_within
 from flawmap.synthesis import SynthesisSettings
 
 
-class ReconstructiveConfig(Config):
+class ReconstructiveConfig(LevelledConfig):
     """Settings that both methods have."""
 
     levels: tuple[str, ...] | None = Field(
