@@ -68,7 +68,7 @@ def test_what_is_unsure_is_counted_by_the_threshold(inspector, new):
     assert validate(unsure, paths).rejected == (scores >= unsure.judge.threshold.value).sum()
 
 
-def test_a_tail_is_held_to_the_end_of_its_interval(inspector, new, flawmap):
+def test_a_tail_is_held_to_the_end_of_its_interval(inspector, new):
     paths = find_images(new)
     found = validate(inspector.with_threshold(tail=True), paths)
     assert found.threshold == inspector.judge.calibration.threshold(0.1, "tail")
