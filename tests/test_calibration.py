@@ -8,7 +8,14 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from flawmap.judging import calibration
-from flawmap.judging.calibration import Calibration, binomial_cdf, binomial_interval, threshold_for, upper_bound
+from flawmap.judging.calibration import (
+    PROMISES,
+    Calibration,
+    binomial_cdf,
+    binomial_interval,
+    threshold_for,
+    upper_bound,
+)
 
 scores_of_good = st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=200).map(
     lambda values: np.array(values, dtype=np.float32)
@@ -107,3 +114,22 @@ def test_a_named_threshold_states_what_good_images_did():
 def test_scores_must_be_finite(scores):
     with pytest.raises(ValueError, match="finite"):
         Calibration(np.array(scores, dtype=np.float32), np.empty(0, np.float32), "holdout")
+
+
+@given(scores_of_good.filter(lambda scores: len(scores) > 1), st.floats(0.002, 0.9), st.sampled_from(PROMISES))
+def test_one_image_sets_the_threshold(scores, rate, guarantee):
+    calibrated = Calibration(scores, np.empty(0, np.float32), "holdout")
+    decisive = calibrated.decisive(rate, guarantee)
+    threshold = calibrated.threshold(rate, guarantee)
+    assert threshold.value == np.nextafter(np.float32(decisive.score), np.float32(np.inf))
+    assert decisive.score == scores[decisive.image]
+    others = Calibration(np.delete(scores, decisive.image), np.empty(0, np.float32), "holdout")
+    assert decisive.without == others.threshold(rate, guarantee).value
+
+
+def test_an_odd_image_sets_the_threshold_of_few():
+    calibrated = Calibration(np.array([3, 1, 14, 2], np.float32), np.empty(0, np.float32), "holdout")
+    decisive = calibrated.decisive(0.01)
+    assert (decisive.image, decisive.score) == (2, 14)
+    assert decisive.without == np.nextafter(np.float32(3), np.float32(4))
+    assert Calibration(np.ones(1, np.float32), np.empty(0, np.float32), "holdout").decisive() is None

@@ -138,6 +138,143 @@ def test_another_threshold(flawmap, model_file, detector, drawn):
     assert {json.loads(line)["threshold"] for line in out.splitlines()} == {expected.threshold_.value}
 
 
+def lines_with(text, part):
+    return [line for line in text.splitlines() if part in line]
+
+
+def test_training_says_which_image_sets_the_threshold(flawmap, drawn, tmp_path):
+    arguments = ["train", drawn, "-o", tmp_path / "model.safetensors", "--method", "padim", "--image-size", 64]
+    arguments += ["--set", "channels=10", "--max-false-reject", "0.05"]
+    code, out, err = flawmap(*arguments)
+    assert code == 0, err
+    plain = Detector.load(tmp_path / "model.safetensors")
+    scores = np.sort(plain.calibration_.scores)
+    (said,) = lines_with(out, "the threshold is set by good/")
+    assert f"(score {scores[-1]:.6g})" in said
+    assert said.endswith(f"without it it would be {scores[-2]:.6g}")
+    path = drawn / "train" / said.split()[5]
+    assert path.is_file()
+    assert path.name in lines_with(out, "most unusual")[0].split(",")[0]
+    assert plain.guarantee == "marginal"
+    tail = plain.with_threshold(tail=True).threshold_
+    assert lines_with(out, "not used, --tail keeps it") == [f"not used, --tail keeps it: {tail.describe()}"]
+
+    code, out, err = flawmap(*arguments, "--tail")
+    assert code == 0, err
+    kept = Detector.load(tmp_path / "model.safetensors")
+    assert (kept.guarantee, kept.threshold_) == ("tail", tail)
+    assert tail.describe() in out.splitlines()
+    assert f"not used: {plain.threshold_.describe()}" in out.splitlines()
+    assert lines_with(out, "the conformal threshold is set by good/")
+    assert tail.describe() in flawmap("info", tmp_path / "model.safetensors")[1]
+    code, _, err = flawmap(*arguments, "--tail", "--guarantee", "confidence")
+    assert code == 2
+    assert "--tail or --guarantee" in err
+
+
+def test_training_is_not_lost_where_there_is_no_tail(flawmap, drawn, tmp_path):
+    model = tmp_path / "model.safetensors"
+    arguments = ["train", drawn, "-o", model, "--method", "padim", "--image-size", 64, "--set", "channels=10"]
+    code, out, err = flawmap(*arguments, "--shots", 6, "--tail")
+    assert code == 0, err
+    assert Detector.load(model).guarantee == "marginal"
+    assert "the tail of 6 calibration scores cannot be estimated" in err
+    assert "no threshold from the tail: the tail of 6" in out
+    for verb in (["inspect", model, drawn / "test"], ["evaluate", model, drawn], ["validate", model, drawn / "test"]):
+        code, out, err = flawmap(*verb, "--tail")
+        assert (code, out) == (2, "")
+        assert "the tail of 6 calibration scores cannot be estimated" in err.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def parts(good_image, broken_image, tmp_path_factory):
+    """A folder of a good part on its way to a broken one."""
+    folder = tmp_path_factory.mktemp("parts")
+    for number, share in enumerate(np.linspace(0, 1, 41)):
+        mixed = good_image + share * (broken_image.astype(float) - good_image)
+        Image.fromarray(mixed.round().astype(np.uint8)).save(folder / f"{number:02d}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def between(detector, parts):
+    """A false-reject rate at which some of the parts are unsure, some good and some defects, and the inspections."""
+    for rate in (0.02, 0.05, 0.1, 0.2):
+        unsure = detector.with_threshold(max_false_reject=rate, unsure=True)
+        inspections = unsure.predict(parts)
+        if len({inspection.verdict for inspection in inspections}) == 3:
+            return rate, inspections
+    pytest.fail("no part lies between the thresholds")
+
+
+@pytest.mark.parametrize("form", ["table", "jsonl", "csv"])
+def test_unsure_is_a_verdict_of_its_own(flawmap, model_file, parts, between, form):
+    rate, expected = between
+    code, out, err = flawmap("inspect", model_file, parts, "--unsure", "--max-false-reject", rate, "--format", form)
+    assert code == 0
+    if form == "jsonl":
+        rows = [json.loads(line) for line in out.splitlines()]
+        assert {tuple(row["unsure_between"]) for row in rows} == {expected[0].unsure_between}
+        verdicts = [row["verdict"] for row in rows]
+    elif form == "csv":
+        verdicts = [row["verdict"] for row in csv.DictReader(io.StringIO(out))]
+    else:
+        verdicts = [line.split()[1] for line in out.splitlines()[1:]]
+    assert verdicts == [inspection.verdict for inspection in expected]
+    counts = [verdicts.count(verdict) for verdict in ("good", "defect", "unsure")]
+    assert err.splitlines()[-1] == "{} good, {} defect, {} unsure, 0 not judged".format(*counts)
+    assert len(lines_with(err, "unsure from")) == 1
+
+
+def test_unsure_is_not_good_where_defects_fail(flawmap, model_file, between):
+    rate, expected = between
+    paths = {inspection.verdict: inspection.path for inspection in expected}
+    asked = ["--unsure", "--max-false-reject", rate]
+    for verdicts, code in ((["unsure"], 3), (["unsure", "good"], 3), (["unsure", "defect"], 4), (["good"], 0)):
+        given = ["inspect", model_file, *(paths[verdict] for verdict in verdicts), *asked]
+        assert flawmap(*given, "--fail-on-defect")[0] == code, verdicts
+        assert flawmap(*given)[0] == 0
+
+
+def test_the_tail_gives_the_threshold_of_inspect_and_evaluate(flawmap, model_file, detector, drawn):
+    tail = detector.with_threshold(tail=True).threshold_
+    _, out, err = flawmap("inspect", model_file, drawn / "test" / "good", "--tail", "--format", "jsonl")
+    assert {json.loads(line)["threshold"] for line in out.splitlines()} == {tail.value}
+    assert err.splitlines()[0] == tail.describe()
+    _, out, _ = flawmap("evaluate", model_file, drawn, "--tail", "--json", "-")
+    values = json.loads(out)
+    assert (values["threshold"], values["guarantee"], values["unsure"]) == (tail.value, "tail", 0)
+    for wrong in (["--tail", "--threshold", 1], ["--unsure", "--threshold", 1], ["--tail", "--guarantee", "marginal"]):
+        code, _, err = flawmap("inspect", model_file, drawn / "test", *wrong)
+        assert code == 2
+        assert "--tail" in err
+
+
+def test_evaluate_prints_what_an_oracle_would_reach(flawmap, model_file, detector, drawn):
+    _, out, _ = flawmap("evaluate", model_file, drawn)
+    report = detector.evaluate(drawn)
+    names = {
+        "best escape rate (oracle)": "escape_rate_oracle",
+        "caught at 0.1 % overkill (oracle)": "caught_at_overkill_0.001_oracle",
+        "caught at 1 % overkill (oracle)": "caught_at_overkill_0.01_oracle",
+        "caught at 5 % overkill (oracle)": "caught_at_overkill_0.05_oracle",
+    }
+    for title, name in names.items():
+        (line,) = lines_with(out, title)
+        assert f"{report.figures[name]:.3f}  [{report.intervals[name][0]:.3f}" in line
+
+
+def test_evaluate_counts_the_unsure(flawmap, model_file, detector, drawn, tmp_path):
+    code, out, _ = flawmap("evaluate", model_file, drawn, "--unsure", "--json", tmp_path / "figures.json")
+    assert code == 0
+    values = json.loads((tmp_path / "figures.json").read_text())
+    judge = detector.with_threshold(unsure=True).inspector().judge
+    assert values["unsure_between"] == list(judge.between)
+    verdicts = [judge.verdict(inspection.score) for inspection in detector.predict(drawn / "test")]
+    assert values["unsure"] == verdicts.count("unsure")
+    assert len(lines_with(out, "unsure from")) == 1
+
+
 def test_defects_end_in_4_only_where_asked_for(flawmap, model_file, drawn, broken_image, tmp_path):
     Image.fromarray(broken_image).save(tmp_path / "broken.png")
     assert flawmap("inspect", model_file, tmp_path / "broken.png")[0] == 0

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ from flawmap.judging.evaluation import CURVES, FIGURES, Scored, evaluate
 
 KEYS = (
     "image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro", "escape_rate",
-    "overkill_rate",
+    "overkill_rate", "escape_rate_oracle", "caught_at_overkill_0.001_oracle", "caught_at_overkill_0.01_oracle",
+    "caught_at_overkill_0.05_oracle",
 )  # fmt: skip
 
 
@@ -39,8 +41,8 @@ def test_the_keys_are_those_of_the_design():
     assert FIGURES == KEYS
     values = evaluate(scored(), {"method": "toy", "seed": 3}).to_json()
     assert set(values) == {
-        *KEYS, *(f"{key}_interval" for key in KEYS), "images", "errors", "without_mask", "milliseconds_per_image",
-        "method", "seed",
+        *KEYS, *(f"{key}_interval" for key in KEYS), "images", "errors", "unsure", "without_mask",
+        "milliseconds_per_image", "method", "seed",
     }  # fmt: skip
     json.dumps(values, allow_nan=False)
     for key in KEYS:
@@ -68,6 +70,40 @@ def test_figures_are_those_of_sklearn():
     assert (values["images"], values["milliseconds_per_image"]) == (60, 5.0)
 
 
+def test_oracle_rates_are_the_best_of_all_thresholds():
+    images = list(scored())
+    values = evaluate(images).to_json()
+    good, defective = ([i.score for i in images if i.defective == kind] for kind in (False, True))
+    own = sum(i.verdict == "defect" for i in images if not i.defective)
+    caught = {
+        most: max(
+            sum(score >= at for score in defective) / 20
+            for at in [*good, *defective, 1e9]
+            if sum(score >= at for score in good) <= most
+        )
+        for most in (own, 0, 2)
+    }
+    assert own > 2
+    assert values["escape_rate_oracle"] == pytest.approx(1 - caught[own])
+    assert values["escape_rate_oracle"] <= values["escape_rate"]
+    assert values["caught_at_overkill_0.001_oracle"] == values["caught_at_overkill_0.01_oracle"] == caught[0]
+    assert values["caught_at_overkill_0.05_oracle"] == caught[2] > caught[0]  # of 40 good images
+
+
+def test_the_unsure_neither_escape_nor_are_overkill():
+    def unsure(image):
+        return replace(image, verdict="unsure") if 0.3 < image.score < 1.2 else image
+
+    images = [unsure(image) for image in scored()]
+    report = evaluate(images)
+    assert report.escape_rate == sum(i.verdict == "good" for i in images if i.defective) / 20
+    assert report.overkill_rate == sum(i.verdict == "defect" for i in images if not i.defective) / 40
+    for kind, defective in (("good", False), ("scratch", True)):
+        count = sum(i.verdict == "unsure" for i in images if i.defective == defective)
+        assert report.kinds[kind]["unsure"] == count > 0
+    assert report.to_json()["unsure"] == report.unsure == sum(i.verdict == "unsure" for i in images)
+
+
 def test_without_masks_pixel_figures_are_null():
     values = evaluate(scored(masks=False)).to_json()
     assert values["without_mask"] == 20
@@ -91,7 +127,12 @@ def test_what_could_not_be_judged_is_counted_apart():
     broken = Scored("good", False, None, "error", None, None, 0.0, "x.png: broken")
     report = evaluate([*scored(), broken])
     assert (report.images, report.errors, report.unjudged) == (60, 1, ["x.png: broken"])
-    assert report.kinds["good"] == {"images": 40, "rejected": report.kinds["good"]["rejected"], "errors": 1}
+    assert report.kinds["good"] == {
+        "images": 40,
+        "rejected": report.kinds["good"]["rejected"],
+        "unsure": 0,
+        "errors": 1,
+    }
     nothing = evaluate([broken])
     assert nothing.images == 0
     assert all(value is None for value in nothing.figures.values())

@@ -102,6 +102,16 @@ def test_thresholds_move_and_pictures_are_drawn_as_before(detector, path, drawn,
     assert np.abs(ours.astype(int) - theirs).max() <= 1
 
 
+def test_a_tail_is_exported_as_it_is(detector, drawn, tmp_path):
+    tail = detector.with_threshold(tail=True)
+    export(tail, tmp_path / "tail.onnx", check=drawn / "test" / "good")
+    inspector = Inspector.load(tmp_path / "tail.onnx", engine="onnxruntime")
+    assert inspector.judge.threshold == tail.threshold_ == detector.calibration_.threshold(0.1, "tail")
+    back = inspector.with_threshold(max_false_reject=0.1, guarantee="marginal", unsure=True)
+    assert back.judge.threshold == detector.threshold_
+    assert back.judge.between == detector.with_threshold(unsure=True).inspector().judge.between
+
+
 @pytest.mark.parametrize("kind", ["tile", "keep_aspect", "crop", "roi", "register", "16 bit"])
 def test_every_geometry_goes_along(drawn, tmp_path, kind):
     given, source, images = {}, drawn / "train" / "good", drawn / "test"

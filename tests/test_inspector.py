@@ -20,6 +20,7 @@ from flawmap import Detector, FlawmapError, ImageError
 from flawmap.imaging.geometry import Geometry
 from flawmap.imaging.image_files import find_images
 from flawmap.imaging.reading import BATCH
+from flawmap.judging.judge import Judge
 from flawmap.line import Inspector
 from flawmap.line.engines import ENGINES
 
@@ -328,6 +329,17 @@ def test_moved_settings_keep_the_rate_that_was_asked_for(live, exported_live, so
     assert (waiting.judge.threshold, waiting.judge.max_false_reject) == (None, 0.6)
     assert inspector.judge.threshold.requested == 0.3
     assert inspector.with_settings(alpha=0.3).judge.threshold.requested == 0.3
+
+
+def test_moved_settings_leave_the_unsure_unsure(detector):
+    inspector = detector.inspector().with_threshold(unsure=True, tail=True)
+    waiting = detector.inspector().with_threshold(max_false_reject=0.2)
+    for calibration in (None, detector.calibration_):
+        waiting.judge = Judge(0.1, "marginal", calibration)
+        inspector._mover = lambda settings, calibrate: waiting
+        moved = inspector.with_settings(alpha=1.0)
+        assert (moved.judge.unsure, moved.judge.guarantee) == (True, "tail")
+        assert moved.judge.between == (None if calibration is None else inspector.judge.between)
 
 
 # What the engine is asked, by an engine that only looks

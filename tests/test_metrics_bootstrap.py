@@ -3,7 +3,15 @@ import math
 import numpy as np
 import pytest
 
-from flawmap.metrics import PixelCurves, auroc, average_precision, bootstrap_intervals, f1_max
+from flawmap.metrics import (
+    PixelCurves,
+    auroc,
+    average_precision,
+    bootstrap_caught,
+    bootstrap_intervals,
+    caught_at_overkill,
+    f1_max,
+)
 from flawmap.metrics.bootstrap import bias_corrected
 
 NAMES = ("auroc", "average_precision", "f1_max", "aupro")
@@ -46,6 +54,26 @@ def test_lower_confidence_is_narrower():
     wide = bootstrap_intervals(scores, labels)["auroc"]
     narrow = bootstrap_intervals(scores, labels, confidence=0.5)["auroc"]
     assert wide[0] < narrow[0] < narrow[1] < wide[1]
+
+
+def test_intervals_of_what_is_caught_are_those_of_resampled_images():
+    rng = np.random.default_rng(4)
+    labels = np.repeat([False, True], [60, 40])
+    scores = np.round(rng.normal(size=100) + 1.5 * labels, 1)  # some of them tied
+    overkills = (0.0, 0.05, 0.5, 1.0)
+    found = bootstrap_caught(scores, labels, overkills, repeats=2000)
+    good, defective = scores[~labels], scores[labels]
+    for overkill, (low, high) in zip(overkills, found, strict=True):
+        redrawn = [
+            caught_at_overkill(np.append(rng.choice(good, 60), rng.choice(defective, 40)), labels, overkill)
+            for _ in range(1000)
+        ]
+        value = caught_at_overkill(scores, labels, overkill)
+        assert low <= value <= high
+        assert (low, high) == pytest.approx(bias_corrected(np.array(redrawn), value, 0.95), abs=0.06), overkill
+    assert found[-1] == (1, 1)
+    assert found[0][1] - found[0][0] > 0.1
+    assert np.isnan(bootstrap_caught([1.0, 2.0], [0, 0], [0.1])).all()
 
 
 def test_undefined_without_both_classes():

@@ -8,6 +8,8 @@ from sklearn import metrics as reference
 from flawmap.metrics import (
     auroc,
     average_precision,
+    best_escape_rate,
+    caught_at_overkill,
     escape_rate,
     f1_max,
     overkill_rate,
@@ -144,7 +146,31 @@ def test_float32_scores_are_not_compared_with_a_rounded_threshold():
     assert overkill_rate(score, [0], 0.1000000017) == 0.0
 
 
+@settings(deadline=None)
+@given(ranked() | ranked(any_float), st.floats(0, 1))
+def test_the_best_escape_rate_is_that_of_the_best_threshold(data, overkill):
+    scores, labels = data
+    rates = [(escape_rate(scores, labels, t), overkill_rate(scores, labels, t)) for t in [*scores, np.inf]]
+    best = min(escaped for escaped, rejected in rates if rejected <= overkill)
+    assert best_escape_rate(scores, labels, overkill) == best
+    assert caught_at_overkill(scores, labels, overkill) == pytest.approx(1 - best)
+    for _, rejected in rates:  # whole numbers of images, in spite of binary fractions
+        attained = min(other for other, more in rates if more <= rejected)
+        assert best_escape_rate(scores, labels, rejected) == attained
+
+
+def test_rates_round_down_to_whole_images():
+    scores, labels = [*range(100), 70.5, 200], [0] * 100 + [1] * 2
+    assert best_escape_rate(scores, labels, 0.2899) == 1 / 2
+    assert best_escape_rate(scores, labels, 0.29) == 0  # though 0.29 * 100 is a hair below 29
+    assert caught_at_overkill(scores, labels, 0.009) == 1 / 2
+    with pytest.raises(ValueError, match="overkill"):
+        best_escape_rate(scores, labels, 1.01)
+
+
 def test_rates_of_a_missing_class():
+    assert np.isnan(best_escape_rate([1.0], [0], 0.5))
+    assert np.isnan(best_escape_rate([1.0], [1], 0.5))
     assert np.isnan(escape_rate([1.0], [0], 0.5))
     assert np.isnan(overkill_rate([1.0], [1], 0.5))
     with pytest.raises(ValueError, match="threshold is NaN"):

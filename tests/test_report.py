@@ -1,6 +1,7 @@
 import base64
 import io
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -139,6 +140,10 @@ def test_the_figures_are_the_reports(report, parsed):
         "pixel_auroc": "Pixel AUROC", "pixel_ap": "Pixel AP", "pixel_f1_max": "Pixel F1-max (oracle)",
         "aupro": "AUPRO (limit 0.3)",
     }  # fmt: skip
+    for share in ("0.1", "1", "5"):
+        name = f"caught_at_overkill_{float(share) / 100:g}_oracle"
+        assert rows[f"Caught at {share} % overkill (oracle)"][0] == percent(report.figures[name])
+    assert rows["Best escape rate (oracle)"][0] == percent(report.escape_rate_oracle)
     for name, title in titles.items():
         low, high = report.intervals[name]
         assert rows[title] == [f"{report.figures[name]:.3f}", f"{low:.3f} to {high:.3f}"]
@@ -173,6 +178,7 @@ def test_what_was_asked_is_said(report, out):
         ("holdout", "marginal", "at most 1.00 % are rejected on average"),
         ("folder", "confidence", "With 95 % confidence, at most 2.98 % of good parts"),
         ("crossfit", "marginal", "not a promise"),
+        ("holdout", "tail", "About 1.00 % of good parts like the 99 calibration images are rejected, and with 95 %"),
         ("holdout", None, "You chose this threshold. 10.1 % of the 99 calibration images reach it."),
     ],
 )
@@ -183,6 +189,36 @@ def test_the_promise_is_that_of_the_threshold(report, out, mode, guarantee, said
     assert threshold.describe() in text
     assert said in text
     assert "It says nothing about defects." in text
+
+
+def test_a_tail_is_contradicted_by_more_than_its_interval(out):
+    drifted = evaluate(images(maps=False, threshold=1.2), SETTINGS)
+    low, _ = drifted.intervals["overkill_rate"]
+    good = calibration(maps=False)
+    tail = good.threshold(0.01, "tail")
+    for highest, said in ((low - 0.01, True), (low + 0.01, False)):
+        threshold = replace(tail, interval=(0.0, highest))
+        text = page(out, drifted, good=good, threshold=threshold, maps=False)["promise"]
+        assert ("They are not like the calibration images" in text) == said
+
+
+def test_unsure_images_have_a_column_where_there_are_any(out):
+    def unsure(image):
+        return replace(image, verdict="unsure") if image.score is not None and 1.7 < image.score < 2.0 else image
+
+    report = evaluate(map(unsure, images()), SETTINGS)
+    parsed = page(out, report)
+    head, *rows = parsed.rows("kinds")
+    assert head[:6] == ["Kind", "Images", "Rejected", "Escaped", "Unsure", "Not judged"]
+    for kind, total, rejected, escaped, between, errors, right, _ in rows:
+        counts = report.kinds[kind]
+        assert int(between) == counts["unsure"]
+        assert int(total) == counts["images"] + int(errors)
+        if kind != "good":
+            assert int(rejected) + int(escaped) + int(between) == counts["images"]
+            assert float(right.rstrip(" %")) == pytest.approx(100 * counts["rejected"] / counts["images"], abs=0.1)
+    assert report.unsure > 2
+    assert "second threshold" in parsed["scores"]
 
 
 def test_test_images_unlike_the_calibration_are_pointed_out(parsed, out):

@@ -61,6 +61,24 @@ def test_figures_are_those_of_the_inspections(inspector, new):
     )
 
 
+def test_what_is_unsure_is_counted_by_the_threshold(inspector, new):
+    paths = find_images(new)
+    unsure = inspector.with_threshold(max_false_reject=0.4, unsure=True)
+    scores = np.array([unsure.predict(path).score for path in paths])
+    assert validate(unsure, paths).rejected == (scores >= unsure.judge.threshold.value).sum()
+
+
+def test_a_tail_is_held_to_the_end_of_its_interval(inspector, new):
+    paths = find_images(new)
+    found = validate(inspector.with_threshold(tail=True), paths)
+    assert found.threshold == inspector.judge.calibration.threshold(0.1, "tail")
+    assert "estimated       threshold" in found.describe()
+    for low, kept in ((found.threshold.interval[1] - 1e-6, True), (found.threshold.interval[1] + 1e-6, False)):
+        held = replace(found, interval=(low, 1.0))
+        assert held.kept == kept
+        assert ("NOT KEPT: more are rejected than estimated" in held.describe()) != kept
+
+
 def test_none_and_all_rejected_have_the_one_sided_ends(inspector, new):
     paths = find_images(new)
     none = validate(inspector.with_threshold(threshold=1e6), paths)

@@ -60,7 +60,8 @@ class Detector:
         device: "auto", "cpu" or "cuda".
         seed: of everything random.
         max_false_reject: the share of good parts that may be rejected.
-        guarantee: "marginal" or "confidence", see `flawmap.judging.calibration`.
+        guarantee: "marginal", "confidence" or "tail", see `flawmap.judging.calibration`. Where no tail can be fitted to
+            the calibration scores, `fit` says so in a warning and takes the threshold of "marginal".
         calibration: "auto", "loo", "holdout", "crossfit", or a folder of further good images.
         settings: the method's own.
 
@@ -103,7 +104,7 @@ class Detector:
         device: str = "auto",
         seed: int = 0,
         max_false_reject: float = 0.01,
-        guarantee: Literal["marginal", "confidence"] = "marginal",
+        guarantee: Literal["marginal", "confidence", "tail"] = "marginal",
         calibration: str | Path = "auto",
         **settings: Any,
     ) -> None:
@@ -148,7 +149,7 @@ class Detector:
 
     @property
     def guarantee(self) -> str:
-        """What is promised of it, "marginal" or "confidence"."""
+        """What is promised of it, "marginal" or "confidence"; nothing with "tail"."""
         return self._judge.guarantee
 
     @property
@@ -242,7 +243,7 @@ class Detector:
         self.near_duplicates_ = fitted.near_duplicates
         self.left_out_ = fitted.left_out
         self.sizes_ = fitted.sizes
-        self._calibrate(fitted.calibration)
+        self._calibrate_anew(fitted.calibration)
         return self
 
     def update(
@@ -284,7 +285,7 @@ class Detector:
         self.capture_limits_ = self.capture_limits_.joined(updated.capture_limits)
         before, digests = self.calibration_, updated.digests
         scores, peaks = np.append(before.scores, updated.scores), np.append(before.peaks, updated.peaks)
-        self._calibrate(Calibration(scores, peaks, "crossfit"))
+        self._calibrate_anew(Calibration(scores, peaks, "crossfit"))
         self.training_ = {
             **self.training_,
             "images": self.training_["images"] + len(digests),
@@ -325,7 +326,7 @@ class Detector:
         other.method_ = self.method_.with_settings(other.config)
         if self._engine is not None:
             other._engine = moved(self._engine, other.graph(), other._live_buffers())
-        other._judge = Judge(self.max_false_reject, self.guarantee)
+        other._judge = Judge(self.max_false_reject, self.guarantee, unsure=self._judge.unsure)
         return other.calibrate() if calibrate else other
 
     def calibrate(self) -> Detector:
@@ -369,19 +370,38 @@ class Detector:
 
     def _calibrate(self, calibration: Calibration) -> None:
         self._mode, self._inspector = calibration.mode, None
-        self._judge = Judge.of(calibration, self.max_false_reject, self.guarantee)
+        self._judge = Judge.of(calibration, self.max_false_reject, self.guarantee, unsure=self._judge.unsure)
+
+    def _calibrate_anew(self, calibration: Calibration) -> None:
+        """After learning, which must not be lost because the scores that came of it have no tail."""
+        try:
+            self._calibrate(calibration)
+        except FlawmapError as refusal:
+            log.warning("%s: the model keeps that one", refusal)
+            self._judge = Judge(self.max_false_reject, "marginal")
+            self._calibrate(calibration)
 
     def with_threshold(
-        self, *, max_false_reject: float | None = None, guarantee: str | None = None, threshold: float | None = None
+        self,
+        *,
+        max_false_reject: float | None = None,
+        guarantee: str | None = None,
+        threshold: float | None = None,
+        tail: bool = False,
+        unsure: bool | None = None,
     ) -> Detector:
         """The same detector with another threshold: one that keeps a rate, or one the user names.
 
+        Args:
+            max_false_reject, guarantee, threshold, tail, unsure: see `flawmap.judging.judge.Judge.with_threshold`.
+
         Raises:
-            FlawmapError: both or neither are given, or a rate outside (0, 1).
+            FlawmapError: both or neither are given, a rate outside (0, 1), or the tail of the calibration scores is
+                asked for and cannot be fitted.
         """
         other = self._copy()
         other._judge = self._calibrated.with_threshold(
-            max_false_reject=max_false_reject, guarantee=guarantee, threshold=threshold
+            max_false_reject=max_false_reject, guarantee=guarantee, threshold=threshold, tail=tail, unsure=unsure
         )
         return other
 

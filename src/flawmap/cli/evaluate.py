@@ -23,6 +23,10 @@ _TITLES = {
     "aupro": "AUPRO (limit 0.3)",
     "escape_rate": "escape rate",
     "overkill_rate": "overkill rate",
+    "escape_rate_oracle": "best escape rate (oracle)",
+    "caught_at_overkill_0.001_oracle": "caught at 0.1 % overkill (oracle)",
+    "caught_at_overkill_0.01_oracle": "caught at 1 % overkill (oracle)",
+    "caught_at_overkill_0.05_oracle": "caught at 5 % overkill (oracle)",
 }
 
 
@@ -33,6 +37,8 @@ _TITLES = {
 @click.option("--json", "json_file", metavar="FILE", help="Write the figures as one flat JSON object; - is stdout.")
 @click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Write a report that opens anywhere.")
 @click.option("--full-resolution", is_flag=True, help="Pixel figures on the original pixels, not at the input size.")
+@click.option("--tail", is_flag=True, help="Take the threshold estimated from the tail of the scores.")
+@click.option("--unsure", is_flag=True, help="Verdicts as those of `flawmap inspect --unsure`.")
 @click.option(
     "--oracle",
     is_flag=True,
@@ -47,6 +53,8 @@ def evaluate_command(
     json_file: str | None,
     html: Path | None,
     full_resolution: bool,
+    tail: bool,
+    unsure: bool,
     oracle: bool,
     engine: str,
     device: str,
@@ -80,6 +88,8 @@ def evaluate_command(
             grid = oracle_grid(detector, dataset, progress=progress)
         else:
             inspector = Inspector.load(model, engine=engine, device=device)
+        if tail or unsure:
+            inspector = inspector.with_threshold(tail=tail, unsure=unsure)
         report = evaluate_inspector(inspector, dataset, full_resolution=full_resolution, progress=progress)
     assert inspector.judge.threshold is not None
     text = json.dumps(report.to_json() | ({} if grid is None else grid.to_json()), indent=2)
@@ -87,7 +97,7 @@ def evaluate_command(
         click.echo(text)
     else:
         click.echo(dataset.describe())
-        click.echo(inspector.judge.threshold.describe())
+        click.echo(inspector.judge.describe())
         click.echo(report_table(report))
         if grid is not None:
             click.echo("\n" + oracle_table(grid, {name: float(inspector.card.config[name]) for name in grid.points[0]}))
@@ -143,12 +153,15 @@ def report_table(report: EvaluationReport) -> str:
         value, interval = report.figures[name], report.intervals[name]
         shown = "-" if value is None else f"{value:.3f}"
         spread = "" if interval is None else f"  [{interval[0]:.3f}, {interval[1]:.3f}]"
-        lines.append(f"{title:<22} {shown:>6}{spread}")
+        lines.append(f"{title:<{max(map(len, _TITLES.values()))}} {shown:>6}{spread}")
     lines.append("")
     width = max(len(kind) for kind in report.kinds)
-    lines.append(f"{'kind':<{width}}  images  rejected  not judged")
+    columns = ["images", "rejected", *(["unsure"] if report.unsure else []), "errors"]
+    heads = ["not judged" if column == "errors" else column for column in columns]
+    lines.append("  ".join([f"{'kind':<{width}}", *heads]))
     for kind, counts in report.kinds.items():
-        lines.append(f"{kind:<{width}}  {counts['images']:6d}  {counts['rejected']:8d}  {counts['errors']:10d}")
+        told = [f"{counts[column]:{len(head)}d}" for column, head in zip(columns, heads, strict=True)]
+        lines.append("  ".join([f"{kind:<{width}}", *told]))
     if report.without_mask:
         lines.append(f"{report.without_mask} defective images have no mask and are left out of the pixel figures")
     lines.append(

@@ -30,6 +30,12 @@ _COLUMNS = ("path", "verdict", "score", "p_value", "threshold", "regions", "mill
 @click.option("--max-false-reject", type=float, help="Another false-reject rate than the model was trained for.")
 @click.option("--guarantee", type=click.Choice(["marginal", "confidence"]), help="What that rate promises.")
 @click.option("--threshold", type=float, help="A threshold on the raw score.")
+@click.option("--tail", is_flag=True, help="Estimate the threshold from the tail of the scores; promises nothing.")
+@click.option(
+    "--unsure",
+    is_flag=True,
+    help="Call a score between the conformal threshold and the tail's unsure, rather than good or defect.",
+)
 @click.option(
     "--set",
     "settings",
@@ -38,7 +44,9 @@ _COLUMNS = ("path", "verdict", "score", "p_value", "threshold", "regions", "mill
     help="Move a setting that training leaves open; repeatable.",
 )
 @click.option("--coco", type=click.Path(path_type=Path, dir_okay=False), help="Write the regions as a COCO file.")
-@click.option("--fail-on-defect", is_flag=True, help="Exit with 4 when a defect was found.")
+@click.option(
+    "--fail-on-defect", is_flag=True, help="Exit with 4 when a defect was found, else with 3 when one is unsure."
+)
 @click.option("--strict", is_flag=True, help="Stop at the first image that cannot be judged.")
 @click.option("--engine", default="auto", show_default=True, help="auto, openvino, onnxruntime or torch.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
@@ -50,6 +58,8 @@ def inspect_command(
     max_false_reject: float | None,
     guarantee: str | None,
     threshold: float | None,
+    tail: bool,
+    unsure: bool,
     settings: tuple[str, ...],
     coco: Path | None,
     fail_on_defect: bool,
@@ -68,6 +78,10 @@ def inspect_command(
     moved: dict[str, Any] = dict(parse_settings(settings))
     if max_false_reject is not None and threshold is not None:
         raise click.UsageError("give --max-false-reject or --threshold, not both")
+    if threshold is not None and (tail or unsure):
+        raise click.UsageError("--tail and --unsure need thresholds of the calibration: leave --threshold out")
+    if tail and guarantee is not None:
+        raise click.UsageError("a tail promises nothing: give --tail or --guarantee, not both")
     if coco is not None:
         check_output(coco)
     from flawmap.errors import FlawmapError
@@ -93,22 +107,21 @@ def inspect_command(
     inspector = Inspector.load(model, engine=engine, device=device)
     if moved:
         inspector = inspector.with_settings(**moved)
-    if max_false_reject is not None:
-        inspector = inspector.with_threshold(max_false_reject=max_false_reject, guarantee=guarantee)
-    elif guarantee is not None:
-        inspector = inspector.with_threshold(max_false_reject=inspector.judge.max_false_reject, guarantee=guarantee)
-    elif threshold is not None:
+    if threshold is not None:
         inspector = inspector.with_threshold(threshold=threshold)
+    elif max_false_reject is not None or guarantee is not None or tail or unsure:
+        rate = inspector.judge.max_false_reject if max_false_reject is None else max_false_reject
+        inspector = inspector.with_threshold(max_false_reject=rate, guarantee=guarantee, tail=tail, unsure=unsure)
     assert inspector.judge.threshold is not None
     write = _Writer(form, max(len(str(path)) for path, _ in found), inspector.digest)
-    click.echo(inspector.judge.threshold.describe(), err=True)
+    click.echo(inspector.judge.describe(), err=True)
     if not inspector.card.localises and (output is not None or coco is not None):
         method = inspector.card.method
         click.echo(f"flawmap: {method} says nothing of where a flaw is: no heatmaps and regions", err=True)
         output = None
     if output is not None:
         make_folder(output)
-    counts = {"good": 0, "defect": 0, "error": 0}
+    counts = {"good": 0, "defect": 0, "unsure": 0, "error": 0}
     unjudged: list[Inspection] = []
     kept: list[Inspection] = []
     for (path, name), inspection in zip(found, inspector.stream(path for path, _ in found), strict=True):
@@ -129,14 +142,17 @@ def inspect_command(
 
         with replacing(coco) as file:
             file.write(json.dumps(as_coco(kept)).encode())
-    click.echo(f"{counts['good']} good, {counts['defect']} defect, {counts['error']} not judged", err=True)
+    between = f"{counts['unsure']} unsure, " if inspector.judge.unsure else ""
+    click.echo(f"{counts['good']} good, {counts['defect']} defect, {between}{counts['error']} not judged", err=True)
     for inspection in unjudged:
         click.echo(f"flawmap: {inspection.error}", err=True)
     if len(unjudged) == len(found):
         return 2
     if unjudged:
         return 3
-    return 4 if fail_on_defect and counts["defect"] else 0
+    if fail_on_defect and counts["defect"]:
+        return 4
+    return 3 if fail_on_defect and counts["unsure"] else 0
 
 
 class _Writer:

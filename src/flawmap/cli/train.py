@@ -58,6 +58,9 @@ _FEW = 20  # images; fewer do not calibrate
     help="Keep it on average, or with 95 % confidence.",
 )
 @click.option(
+    "--tail", is_flag=True, help="Keep the threshold estimated from the tail of the scores, which promises nothing."
+)
+@click.option(
     "--calibration",
     default="auto",
     show_default=True,
@@ -106,6 +109,7 @@ def train_command(
     resume: bool,
     html: Path | None,
     strict: bool,
+    tail: bool,
     **options: Any,
 ) -> None:
     """Learn from the good images in DATA and write a model file, and a report beside it.
@@ -125,6 +129,10 @@ def train_command(
         raise click.BadParameter(f"{drop_atypical} is negative", param_hint="--drop-atypical")
     if (grids or oracle) and not tune:
         raise click.BadParameter("chooses nothing without --tune", param_hint="--grid" if grids else "--oracle")
+    if tail:
+        if click.get_current_context().get_parameter_source("guarantee") is not click.core.ParameterSource.DEFAULT:
+            raise click.UsageError("a tail promises nothing: give --tail or --guarantee, not both")
+        options["guarantee"] = "tail"
     grid = _searched(parse_grid(grids))
     own = {"epochs": epochs, "views": views}
     chosen: dict[str, Any] = {**parse_settings(settings), **{k: v for k, v in own.items() if v is not None}}
@@ -172,8 +180,7 @@ def train_command(
         write_report(html, detector, dataset)
     if tuning is not None:
         click.echo(tuning.describe())
-    click.echo(detector.threshold_.describe())
-    for line in _notes(detector, update is not None):
+    for line in [*_thresholds(detector), *_notes(detector, update is not None)]:
         click.echo(line)
     click.echo(
         f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB, engine {detector.training_['engine']}) and {html}"
@@ -235,6 +242,30 @@ def _refuse_beside_update(context: click.Context) -> None:
     ]
     if given:
         raise click.UsageError(f"--update keeps the model's settings: leave {' and '.join(given)} out")
+
+
+def _thresholds(detector: Detector) -> list[str]:
+    """The threshold kept, which image sets the conformal one, and where the other one would lie, in a line each."""
+    from flawmap.errors import FlawmapError
+    from flawmap.report.wording import short_path
+
+    rate, calibration, tail = detector.max_false_reject, detector.calibration_, detector.guarantee == "tail"
+    lines = [detector.threshold_.describe()]
+    if tail:
+        lines.append(f"not used: {calibration.threshold(rate).describe()}")
+    decisive = calibration.decisive(rate, "marginal" if tail else detector.guarantee)
+    if decisive is not None:
+        paths = [one.path for one in detector.atypical_ if one.score == decisive.score]
+        lines.append(
+            f"the {'conformal ' if tail else ''}threshold is set by {short_path(paths[0]) if paths else 'one image'} "
+            f"(score {decisive.score:.6g}); without it it would be {decisive.without:.6g}"
+        )
+    if not tail:
+        try:
+            lines.append(f"not used, --tail keeps it: {calibration.threshold(rate, 'tail').describe()}")
+        except FlawmapError as refusal:
+            lines.append(f"no threshold from the tail: {refusal}")
+    return lines
 
 
 def _notes(detector: Detector, updated: bool) -> list[str]:

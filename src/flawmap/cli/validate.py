@@ -10,9 +10,10 @@ import click
 @click.command("validate")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--tail", is_flag=True, help="Take the threshold estimated from the tail of the scores.")
 @click.option("--engine", default="auto", show_default=True, help="auto, openvino, onnxruntime or torch.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
-def validate_command(model: Path, folder: Path, engine: str, device: str) -> int:
+def validate_command(model: Path, folder: Path, tail: bool, engine: str, device: str) -> int:
     """Hold MODEL against a FOLDER of good images that it has not seen: is what it promised kept, on this machine?"""
     from flawmap.cli.progress import ProgressLines, quiet_libraries
 
@@ -26,6 +27,8 @@ def validate_command(model: Path, folder: Path, engine: str, device: str) -> int
     if not paths:
         raise FlawmapError(f"{folder} holds no images: give a folder of good parts that were not learnt from")
     inspector = Inspector.load(model, engine=engine, device=device)
+    if tail:
+        inspector = inspector.with_threshold(tail=True)
     with ProgressLines() as progress:
         found = validate(inspector, paths, progress=progress)
     click.echo(found.describe())

@@ -9,11 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-GUARANTEES = ("marginal", "confidence")
+from flawmap.judging.tail import Tail, fit_tail
+
+PROMISES = ("marginal", "confidence")
+GUARANTEES = (*PROMISES, "tail")
 MODES = ("holdout", "loo", "crossfit", "folder")
 _PROMISING = ("holdout", "folder")
 
@@ -27,9 +31,11 @@ class Threshold:
         rate: the false-reject rate stated for it, in 0..1.
         requested: the rate that was asked for; None where the user gave the threshold itself.
         guarantee: "marginal" (on average over calibration sets), "confidence" (with 95 % confidence), "estimate"
-            (cross-fitted scores, which promise nothing) or "none".
+            (cross-fitted scores, which promise nothing), "tail" (estimated from the upper tail of the scores, which
+            promises nothing either) or "none".
         upper: the Clopper-Pearson upper bound on the rate with 95 % confidence; after cross-fitting an estimate too.
         missing: how many more good images the requested rate needs; 0 where it is kept.
+        interval: of the rate, with 95 % confidence; of "tail" only.
     """
 
     value: float
@@ -39,12 +45,25 @@ class Threshold:
     upper: float
     images: int
     missing: int
+    interval: tuple[float, float] | None = None
+
+    @property
+    def highest(self) -> float:
+        """The rate that a measured one must clearly exceed to contradict this one."""
+        return self.rate if self.interval is None else self.interval[1]
 
     def describe(self) -> str:
         """One or two sentences for the user."""
         if self.guarantee == "none":
             return (
                 f"threshold {self.value:.6g}, given by the user: {self.rate:.2%} of {self.images} good images reach it"
+            )
+        if self.interval is not None:
+            low, high = self.interval
+            return (
+                f"threshold {self.value:.6g} from {self.images} good images: about {self.rate:.2%} of good parts are "
+                f"rejected [{low:.2%}, {high:.2%}]: an estimate from the upper tail of the scores (generalised Pareto "
+                "distribution, 95 % interval), which promises nothing"
             )
         kept = {
             "marginal": f"at most {self.rate:.2%} of good parts are rejected on average (conformal)",
@@ -56,6 +75,21 @@ class Threshold:
             images = "image is" if self.missing == 1 else "images are"
             text += f". {self.requested:.2%} was asked for: {self.missing} more good {images} needed for it"
         return text
+
+
+@dataclass(frozen=True)
+class Decisive:
+    """The calibration image that sets a threshold: the highest score that stays below it.
+
+    Attributes:
+        image: its index.
+        score: its score.
+        without: where the threshold would lie without this image.
+    """
+
+    image: int
+    score: float
+    without: float
 
 
 @dataclass(frozen=True)
@@ -86,8 +120,40 @@ class Calibration:
         return p_value(self.scores, score)
 
     def threshold(self, rate: float = 0.01, guarantee: str = "marginal") -> Threshold:
-        """The lowest threshold that keeps the rate, or the strictest one there is: see `threshold_for`."""
+        """The lowest threshold that keeps the rate, or the strictest one there is: see `threshold_for`.
+
+        With "tail", where the fitted tail of the scores has that rate: see `flawmap.judging.tail`.
+
+        Raises:
+            ValueError: as `threshold_for`.
+            FlawmapError: with "tail", it cannot be fitted, or the rate is too high for it.
+        """
+        if guarantee == "tail":
+            return self._tail_threshold(rate)
         return threshold_for(self.scores, rate, guarantee, promised=self.mode in _PROMISING)
+
+    @cached_property
+    def tail(self) -> Tail:
+        """The upper tail of the scores, fitted when it is first asked for.
+
+        Raises:
+            FlawmapError: it cannot be fitted.
+        """
+        return fit_tail(self.scores)
+
+    def _tail_threshold(self, rate: float) -> Threshold:
+        found = self.tail.threshold(rate)
+        n, reached = len(self.scores), int((self.scores >= np.float32(found.value)).sum())
+        return Threshold(found.value, rate, rate, "tail", upper_bound(reached, n), n, 0, found.rates)
+
+    def decisive(self, rate: float = 0.01, guarantee: str = "marginal") -> Decisive | None:
+        """The image that sets the threshold of `threshold_for`; None where there is but one."""
+        if len(self.scores) == 1:
+            return None
+        below = self.scores < np.float32(threshold_for(self.scores, rate, guarantee).value)
+        image = int(np.argmax(np.where(below, self.scores, -np.inf)))
+        without = threshold_for(np.delete(self.scores, image), rate, guarantee)
+        return Decisive(image, float(self.scores[image]), without.value)
 
     def threshold_at(self, value: float) -> Threshold:
         """A threshold the user names, with the share of calibration images that reach it."""
@@ -119,8 +185,8 @@ def threshold_for(
     """
     if not 0 < rate < 1:
         raise ValueError(f"a false-reject rate lies between 0 and 1, got {rate}")
-    if guarantee not in GUARANTEES:
-        raise ValueError(f"guarantee must be one of {GUARANTEES}, got {guarantee!r}")
+    if guarantee not in PROMISES:
+        raise ValueError(f"guarantee must be one of {PROMISES}, got {guarantee!r}")
     n = len(scores)
     if guarantee == "marginal":
         # A hair of slack, so that 0.01 with 99 images counts as 1/100 in spite of binary fractions.

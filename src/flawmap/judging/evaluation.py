@@ -16,7 +16,10 @@ from flawmap.metrics import (
     PixelCurves,
     auroc,
     average_precision,
+    best_escape_rate,
+    bootstrap_caught,
     bootstrap_intervals,
+    caught_at_overkill,
     f1_max,
     precision_recall_curve,
     roc_curve,
@@ -30,7 +33,9 @@ PIXEL_FIGURES = {
     "aupro": "aupro",
 }
 RATES = ("escape_rate", "overkill_rate")
-FIGURES = (*IMAGE_FIGURES, *PIXEL_FIGURES, *RATES)
+CAUGHT_AT = {f"caught_at_overkill_{rate:g}_oracle": rate for rate in (0.001, 0.01, 0.05)}
+ORACLE_RATES = ("escape_rate_oracle", *CAUGHT_AT)
+FIGURES = (*IMAGE_FIGURES, *PIXEL_FIGURES, *RATES, *ORACLE_RATES)
 CURVES = ("image_roc", "image_pr", "pixel_roc", "pixel_pr", "pixel_pro")
 _CURVE_POINTS = 500
 
@@ -85,11 +90,13 @@ class EvaluationReport:
     """What `evaluate` found. Figures are fractions in 0..1, None where they do not exist.
 
     Attributes:
-        figures: each of `FIGURES`.
-        intervals: (low, high) of each figure with 95 % confidence: Clopper-Pearson for the rates, bootstrap over
-            images for the others.
-        kinds: for each kind of image: how many, how many of them rejected, how many not judged.
-        images: how many were judged.
+        figures: each of `FIGURES`. `ORACLE_RATES` are read off the test set's own good images, at thresholds chosen
+            with the labels in view: the lowest escape rate with no more good images rejected than the model's own
+            threshold does, and the shares of defective images caught with so much overkill at most.
+        intervals: (low, high) of each figure with 95 % confidence: Clopper-Pearson for `RATES`, bootstrap over
+            images, good and defective ones, for the others.
+        kinds: for each kind of image: how many, how many of them rejected, how many unsure, how many not judged.
+        images: how many were judged. The unsure ones among them neither escape nor are they overkill.
         unjudged: one line for each image that could not be.
         without_mask: defective images left out of the pixel figures because they have no mask.
         settings: what made the figures.
@@ -114,6 +121,11 @@ class EvaluationReport:
         """How many images could not be judged."""
         return len(self.unjudged)
 
+    @property
+    def unsure(self) -> int:
+        """How many images got the verdict "unsure"."""
+        return sum(kind["unsure"] for kind in self.kinds.values())
+
     def __getattr__(self, name: str) -> float | None:
         """`report.image_auroc` and so on."""
         if name in FIGURES:
@@ -135,6 +147,7 @@ class EvaluationReport:
             flat[f"{name}_interval"] = None if interval is None else list(interval)
         flat["images"] = self.images
         flat["errors"] = self.errors
+        flat["unsure"] = self.unsure
         flat["without_mask"] = self.without_mask
         flat["milliseconds_per_image"] = self.milliseconds_per_image
         return flat | self.settings
@@ -146,7 +159,7 @@ def evaluate(scored: Iterable[Scored], settings: dict[str, Any] | None = None) -
     results: list[Judged] = []
     scores: list[float] = []
     labels: list[bool] = []
-    rejected: list[bool] = []
+    verdicts: list[str] = []
     times: list[float] = []
     unjudged: list[str] = []
     kinds: dict[str, dict[str, int]] = {}
@@ -154,16 +167,17 @@ def evaluate(scored: Iterable[Scored], settings: dict[str, Any] | None = None) -
         results.append(
             Judged(image.path, image.kind, image.defective, image.score, image.p_value, image.verdict, image.error)
         )
-        kind = kinds.setdefault(image.kind, {"images": 0, "rejected": 0, "errors": 0})
+        kind = kinds.setdefault(image.kind, {"images": 0, "rejected": 0, "unsure": 0, "errors": 0})
         if image.score is None:
             kind["errors"] += 1
             unjudged.append(image.error or "")
             continue
         kind["images"] += 1
         kind["rejected"] += image.verdict == "defect"
+        kind["unsure"] += image.verdict == "unsure"
         scores.append(image.score)
         labels.append(image.defective)
-        rejected.append(image.verdict == "defect")
+        verdicts.append(image.verdict)
         times.append(image.milliseconds)
         if image.anomaly_map is not None:
             mask = image.mask
@@ -181,11 +195,17 @@ def evaluate(scored: Iterable[Scored], settings: dict[str, Any] | None = None) -
     for name, attribute in PIXEL_FIGURES.items():
         figures[name] = getattr(found, attribute, math.nan)
         intervals[name] = spread.get(attribute)
-    missed = [not r for r, defective in zip(rejected, labels, strict=True) if defective]
-    overkill = [r for r, defective in zip(rejected, labels, strict=True) if not defective]
+    missed = [verdict == "good" for verdict, defective in zip(verdicts, labels, strict=True) if defective]
+    overkill = [verdict == "defect" for verdict, defective in zip(verdicts, labels, strict=True) if not defective]
     for name, events in (("escape_rate", missed), ("overkill_rate", overkill)):
         figures[name] = sum(events) / len(events) if events else math.nan
         intervals[name] = binomial_interval(sum(events), len(events)) if events else None
+    own = sum(overkill) / len(overkill) if overkill else 0.0
+    figures["escape_rate_oracle"] = best_escape_rate(scores, labels, own)
+    (low, high), *caught = bootstrap_caught(scores, labels, [own, *CAUGHT_AT.values()])
+    intervals["escape_rate_oracle"] = 1 - high, 1 - low
+    for (name, rate), interval in zip(CAUGHT_AT.items(), caught, strict=True):
+        figures[name], intervals[name] = caught_at_overkill(scores, labels, rate), interval
     for name, value in figures.items():
         if value is None or math.isnan(value):
             figures[name] = intervals[name] = None

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from flawmap.imaging.placement import Placement
 
-Verdict = Literal["good", "defect", "error"]
+Verdict = Literal["good", "defect", "unsure", "error"]
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,9 @@ class Inspection:
 
     Attributes:
         path: the file; None for an array.
-        verdict: "defect" where score >= threshold, else "good"; "error" where it could not be judged; None where the
-            detector is not calibrated, after `with_settings(calibrate=False)`.
+        verdict: "defect" where score >= threshold, else "good"; "unsure" between two thresholds, only where that was
+            asked for; "error" where it could not be judged; None where the detector is not calibrated, after
+            `with_settings(calibrate=False)`.
         score: raw, in the method's own units, higher is more abnormal. None with "error".
         p_value: the share of good images expected to score as high; None with "error" and where there is no verdict.
         threshold, pixel_threshold: what score and map were held against.
@@ -48,6 +49,7 @@ class Inspection:
         error: one line, with verdict "error".
         maps: (T, h, w) float32, of each window at the model's input size; None where there are none.
         placement: the windows.
+        unsure_between: (low, high), scores from low to below high are unsure; None where that was not asked for.
     """
 
     path: Path | None
@@ -61,6 +63,7 @@ class Inspection:
     error: str | None = None
     maps: NDArray[np.float32] | None = field(default=None, repr=False)
     placement: Placement | None = field(default=None, repr=False)
+    unsure_between: tuple[float, float] | None = None
 
     @cached_property
     def anomaly_map(self) -> NDArray[np.float32] | None:
@@ -89,6 +92,7 @@ class Inspection:
             "score": self.score,
             "p_value": self.p_value,
             "threshold": self.threshold,
+            "unsure_between": None if self.unsure_between is None else list(self.unsure_between),
             "regions": [{"box": list(r.box), "area": r.area, "peak": r.peak} for r in self.regions],
             "milliseconds": round(self.milliseconds, 2),
             "error": self.error,

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from flawmap.errors import FlawmapError
 from flawmap.imaging.placement import Placement
 from flawmap.judging.calibration import GUARANTEES, Calibration, Threshold
-from flawmap.judging.inspection import Inspection
+from flawmap.judging.inspection import Inspection, Verdict
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class Judge:
         calibration: scores of good images.
         threshold: the threshold and what it promises.
         pixel_threshold: where regions are cut; None for methods without a map.
+        unsure: whether a score between the conformal threshold and the tail's gets the verdict "unsure".
+        other: the one of the two that `threshold` is not; None without `unsure`.
     """
 
     max_false_reject: float
@@ -33,23 +35,52 @@ class Judge:
     calibration: Calibration | None = None
     threshold: Threshold | None = None
     pixel_threshold: float | None = None
+    unsure: bool = False
+    other: Threshold | None = None
 
     @classmethod
-    def of(cls, calibration: Calibration, max_false_reject: float, guarantee: str) -> Judge:
-        """With the threshold that keeps a rate, and the pixel threshold that keeps it for the maps of good images."""
+    def of(cls, calibration: Calibration, max_false_reject: float, guarantee: str, *, unsure: bool = False) -> Judge:
+        """With the threshold that keeps a rate, and the pixel threshold that keeps it for the maps of good images.
+
+        Raises:
+            FlawmapError: the tail of the scores is asked for, by "tail" or by `unsure`, and cannot be had.
+        """
         pixel = calibration.pixel_threshold(max_false_reject).value if len(calibration.peaks) else None
         threshold = calibration.threshold(max_false_reject, guarantee)
-        return cls(max_false_reject, guarantee, calibration, threshold, pixel)
+        against = "marginal" if guarantee == "tail" else "tail"
+        other = calibration.threshold(max_false_reject, against) if unsure else None
+        return cls(max_false_reject, guarantee, calibration, threshold, pixel, unsure, other)
 
     def with_threshold(
-        self, *, max_false_reject: float | None = None, guarantee: str | None = None, threshold: float | None = None
+        self,
+        *,
+        max_false_reject: float | None = None,
+        guarantee: str | None = None,
+        threshold: float | None = None,
+        tail: bool = False,
+        unsure: bool | None = None,
     ) -> Judge:
         """With another threshold: one that keeps a rate, or one the user names, which leaves the regions as they are.
 
+        Args:
+            max_false_reject: the rate; with `tail` or `unsure` the one kept so far by default.
+            guarantee: "marginal", "confidence" or "tail"; the one given so far by default.
+            threshold: the user's own.
+            tail: the same as the guarantee "tail".
+            unsure: whether scores between the conformal threshold and the tail's get the verdict "unsure"; as so far by
+                default. A threshold of the user's own ends it.
+
         Raises:
             FlawmapError: both or neither are given, a rate outside (0, 1), an unknown guarantee, a threshold that is no
-                number, or there is no calibration.
+                number, another guarantee with `tail`, `tail` or `unsure` with a threshold, there is no calibration, or
+                the tail cannot be fitted to its scores.
         """
+        if tail and guarantee not in (None, "tail"):
+            raise FlawmapError("a tail promises nothing: give --tail or --guarantee, not both")
+        if (tail or unsure) and threshold is not None:
+            raise FlawmapError("--tail and --unsure need thresholds of the calibration: leave --threshold out")
+        if max_false_reject is None and threshold is None and (tail or unsure is not None):
+            max_false_reject = self.max_false_reject
         if (max_false_reject is None) == (threshold is None):
             raise FlawmapError("give either a false-reject rate or a threshold")
         if max_false_reject is not None and not 0 < max_false_reject < 1:
@@ -61,9 +92,38 @@ class Judge:
         if self.calibration is None:
             raise FlawmapError("a setting was moved without calibrating anew, so no threshold can be had: calibrate")
         if max_false_reject is not None:
-            return Judge.of(self.calibration, max_false_reject, guarantee or self.guarantee)
+            kept = "tail" if tail else guarantee or self.guarantee
+            return Judge.of(self.calibration, max_false_reject, kept, unsure=self.unsure if unsure is None else unsure)
         assert threshold is not None
-        return replace(self, threshold=self.calibration.threshold_at(threshold))
+        return replace(self, threshold=self.calibration.threshold_at(threshold), unsure=False, other=None)
+
+    @property
+    def between(self) -> tuple[float, float] | None:
+        """Scores from the first to below the second are unsure; None without `unsure`."""
+        if self.threshold is None or self.other is None:
+            return None
+        low, high = sorted((self.threshold.value, self.other.value))
+        return low, high
+
+    def describe(self) -> str:
+        """What the threshold promises, and what is unsure, in a line each."""
+        assert self.threshold is not None
+        lines = [self.threshold.describe()]
+        if self.between is not None:
+            low, high = self.between
+            lines.append(f"unsure from {low:.6g} to below {high:.6g}: between the conformal threshold and the tail's")
+        return "\n".join(lines)
+
+    def verdict(self, score: float) -> Verdict:
+        """What a score is called.
+
+        Raises:
+            ValueError: there is no threshold.
+        """
+        if self.threshold is None:
+            raise ValueError("there is no threshold to hold a score against")
+        low, high = self.between or (self.threshold.value, self.threshold.value)
+        return "defect" if score >= high else "good" if score < low else "unsure"
 
     def judge(
         self,
@@ -100,9 +160,10 @@ class Judge:
             return Inspection(path, None, **known)
         return Inspection(
             path,
-            "defect" if score >= self.threshold.value else "good",
+            self.verdict(score),
             p_value=self.calibration.p_value(score),
             threshold=self.threshold.value,
             pixel_threshold=self.pixel_threshold,
+            unsure_between=self.between,
             **known,
         )

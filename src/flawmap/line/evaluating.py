@@ -39,6 +39,8 @@ def evaluate_inspector(
         "full_resolution": full_resolution,
         "data": dataset.name,
     }
+    if inspector.judge.between is not None:
+        settings["unsure_between"] = list(inspector.judge.between)
     return evaluate(_scored(inspector, samples, full_resolution, progress), settings)
 
 

@@ -88,16 +88,26 @@ class Inspector:
     # Settings and thresholds
 
     def with_threshold(
-        self, *, max_false_reject: float | None = None, guarantee: str | None = None, threshold: float | None = None
+        self,
+        *,
+        max_false_reject: float | None = None,
+        guarantee: str | None = None,
+        threshold: float | None = None,
+        tail: bool = False,
+        unsure: bool | None = None,
     ) -> Inspector:
         """The same inspector with another threshold: one that keeps a rate, or one the user names.
 
+        Args:
+            max_false_reject, guarantee, threshold, tail, unsure: see `flawmap.judging.judge.Judge.with_threshold`.
+
         Raises:
-            FlawmapError: both or neither are given, a rate outside (0, 1), or there are no calibration scores.
+            FlawmapError: both or neither are given, a rate outside (0, 1), there are no calibration scores, or their
+                tail is asked for and cannot be fitted.
         """
         other = copy(self)
         other.judge = self.judge.with_threshold(
-            max_false_reject=max_false_reject, guarantee=guarantee, threshold=threshold
+            max_false_reject=max_false_reject, guarantee=guarantee, threshold=threshold, tail=tail, unsure=unsure
         )
         return other
 
@@ -115,9 +125,12 @@ class Inspector:
                 f"{self.card.method} has no setting that can be moved after training: train again with --set"
             )
         moved = copy(self._mover(settings, calibrate))
-        rate, guarantee = self.judge.max_false_reject, self.judge.guarantee
+        rate, guarantee, unsure = self.judge.max_false_reject, self.judge.guarantee, self.judge.unsure
         found = moved.judge.calibration
-        moved.judge = Judge(rate, guarantee) if found is None else Judge.of(found, rate, guarantee)
+        if found is None:
+            moved.judge = Judge(rate, guarantee, unsure=unsure)
+        else:
+            moved.judge = Judge.of(found, rate, guarantee, unsure=unsure)
         return moved
 
     def heat_scale(self) -> HeatScale | None:

@@ -38,7 +38,7 @@ class Validation:
         images: how many were judged.
         known: how many were left out because the model has learnt from them, or because they came before.
         unjudged: one line for each that could not be.
-        rejected: how many of the judged were called defects.
+        rejected: how many of the judged reach the threshold.
         interval: of their share, with 95 % confidence (Clopper-Pearson).
         threshold: what was promised.
         probability: of scores that differ so much from the calibration scores, if both are of like parts: the
@@ -61,8 +61,8 @@ class Validation:
 
     @property
     def kept(self) -> bool:
-        """Whether the promised rate lies within or above the interval."""
-        return self.interval[0] <= self.threshold.rate
+        """Whether the promised rate, or the upper end of an estimate's interval, lies within or above the interval."""
+        return self.interval[0] <= self.threshold.highest
 
     @property
     def alike(self) -> bool:
@@ -76,11 +76,12 @@ class Validation:
         low, high = self.interval
         share = self.rejected / self.images
         known = f"; {self.known} left out that were learnt from or stood there twice" if self.known else ""
-        kept = "nothing speaks against it" if self.kept else "NOT KEPT: more are rejected than promised"
+        stated = "estimated" if self.threshold.guarantee == "tail" else "promised"
+        kept = "nothing speaks against it" if self.kept else f"NOT KEPT: more are rejected than {stated}"
         lines = [
             f"images judged   {self.images}{known}",
             f"rejected        {self.rejected} ({share:.2%}, 95 % interval {low:.2%} to {high:.2%})",
-            f"promised        {self.threshold.describe()}",
+            f"{stated:<14}  {self.threshold.describe()}",
             f"                {kept}",
             f"p-values        {'uniform as far as can be told' if self.alike else 'NOT UNIFORM'} (two-sample "
             f"Kolmogorov-Smirnov test against the calibration scores, p = {self.probability:.3g})",
@@ -143,7 +144,7 @@ def validate(
             continue
         times.append(taken)
         scores.append(inspection.score)
-        rejected += inspection.verdict == "defect"
+        rejected += inspection.score >= threshold.value
         statistics.append(capture_statistics(pixels, inspector.card.preparation.preprocessing.white))
     if not scores and not unjudged:
         raise FlawmapError("all of these images were learnt from: give good images that the model has not seen")

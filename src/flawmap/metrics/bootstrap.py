@@ -6,7 +6,7 @@ interval, which is BCa with an acceleration of 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from flawmap.metrics.ranking import area_under_roc, best_f1, checked, mean_precision, one_class
+from flawmap.metrics.verdicts import allowed_rejects
 
 _IMAGES_KEPT = 500
 _NORMAL_PIXELS_KEPT = 2048
@@ -51,23 +52,54 @@ def bootstrap_intervals(
     scores, labels = checked(scores, labels)
     if one_class(labels):
         return dict.fromkeys(_FIGURES, (float("nan"), float("nan")))
-    thresholds, ranks = np.unique(-scores, return_inverse=True)  # ranks by descending score
-    rng = np.random.default_rng(seed)
-
-    def accumulated(of_class: NDArray[np.bool_], resample: bool) -> NDArray[np.int64]:
-        """(R, K): how many of the class score at or above each threshold."""
-        counts = np.bincount(ranks[of_class], minlength=thresholds.size)
-        total = int(of_class.sum())
-        drawn = rng.multinomial(total, counts / total, _BLOCK) if resample else counts[None]
-        return np.cumsum(drawn, axis=1)
-
-    def figures(resample: bool) -> NDArray[np.float64]:
-        good, defective = accumulated(~labels, resample), accumulated(labels, resample)
-        return np.stack([figure(good, defective) for figure in _FIGURES.values()])  # (3, R)
-
-    replicates = np.concatenate([figures(True) for _ in range(0, repeats, _BLOCK)], axis=1)[:, :repeats]
-    rows = zip(_FIGURES, replicates, figures(False)[:, 0], strict=True)
+    blocks = _accumulated(scores, labels, repeats, seed)
+    figures = [np.stack([figure(good, defective) for figure in _FIGURES.values()]) for good, defective in blocks]
+    replicates = np.concatenate(figures[1:], axis=1)[:, :repeats]  # (3, R)
+    rows = zip(_FIGURES, replicates, figures[0][:, 0], strict=True)
     return {name: bias_corrected(row, float(figure), confidence) for name, row, figure in rows}
+
+
+def bootstrap_caught(
+    scores: ArrayLike,
+    labels: ArrayLike,
+    overkills: Sequence[float],
+    confidence: float = 0.95,
+    repeats: int = 1000,
+    seed: int = 0,
+) -> list[tuple[float, float]]:
+    """As `bootstrap_intervals`, of `caught_at_overkill` for each of `overkills`: each resample has its own threshold.
+
+    The fewer good ones may be rejected, the more hangs on the few highest of them, of which resamples know little: with
+    few images the intervals cover less often than they say.
+    """
+    check_bootstrap(confidence, repeats)
+    scores, labels = checked(scores, labels)
+    if one_class(labels):
+        return [(float("nan"), float("nan")) for _ in overkills]
+    allowed = [allowed_rejects(overkill, int((~labels).sum())) for overkill in overkills]
+    total = int(labels.sum())
+    blocks = _accumulated(scores, labels, repeats, seed)
+    shares = [[np.where(g <= most, d, 0).max(axis=1) / total for most in allowed] for g, d in blocks]
+    replicates = np.concatenate(shares[1:], axis=1)[:, :repeats]
+    rows = zip(replicates, shares[0], strict=True)
+    return [bias_corrected(row, float(share[0]), confidence) for row, share in rows]
+
+
+def _accumulated(
+    scores: NDArray[np.floating], labels: NDArray[np.bool_], repeats: int, seed: int
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """How many good and how many defective ones score at or above each distinct score: the sample, then resamples.
+
+    Yields:
+        Two (R, K), first with R = 1, then by blocks that hold `repeats` or some more.
+    """
+    thresholds, ranks = np.unique(-scores, return_inverse=True)  # ranks by descending score
+    counted = [np.bincount(ranks[of_class], minlength=thresholds.size) for of_class in (~labels, labels)]
+    yield np.cumsum(counted[0][None], axis=1), np.cumsum(counted[1][None], axis=1)
+    rng = np.random.default_rng(seed)
+    for _ in range(0, repeats, _BLOCK):
+        drawn = [rng.multinomial(counts.sum(), counts / counts.sum(), _BLOCK) for counts in counted]
+        yield np.cumsum(drawn[0], axis=1), np.cumsum(drawn[1], axis=1)
 
 
 def check_bootstrap(confidence: float, repeats: int) -> None:

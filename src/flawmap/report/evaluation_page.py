@@ -89,6 +89,7 @@ def write_evaluation_page(
         histograms=histograms(rows, threshold),
         curves=curve_charts(report),
         kinds=kind_rows(report),
+        unsure=report.unsure,
         threshold=threshold.value,
         misses=[_card(results[i], pictures.get(i)) for i in misses[:each]],
         missed=len(misses) if missed else 0,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from flawmap.judging.calibration import Threshold
-from flawmap.judging.evaluation import IMAGE_FIGURES, PIXEL_FIGURES, EvaluationReport, Judged
+from flawmap.judging.evaluation import CAUGHT_AT, IMAGE_FIGURES, PIXEL_FIGURES, EvaluationReport, Judged
 from flawmap.report.charts import Line, curve_chart
 from flawmap.report.overlays import HeatScale
 from flawmap.report.wording import percent
@@ -13,6 +13,19 @@ from flawmap.report.wording import percent
 _FIGURES = {
     "escape_rate": ("Escape rate", "The share of defective images that were called good."),
     "overkill_rate": ("Overkill rate", "The share of good images that were called defects."),
+    "escape_rate_oracle": (
+        "Best escape rate (oracle)",
+        "The lowest escape rate of any threshold that rejects no more of these good images. It is chosen with the "
+        "answers in view: what the scores allow, not what can be expected.",
+    ),
+    **{
+        name: (
+            f"Caught at {100 * rate:g}\N{NO-BREAK SPACE}% overkill (oracle)",
+            f"The share of defective images caught where at most {100 * rate:g}\N{NO-BREAK SPACE}% of these good "
+            "images, rounded down to whole images, are rejected.",
+        )
+        for name, rate in CAUGHT_AT.items()
+    },
     "image_auroc": (
         "Image AUROC",
         "How often a defective image scores above a good one, over all pairs. 1 is perfect, 0.5 is chance.",
@@ -88,10 +101,10 @@ def warning(report: EvaluationReport, threshold: Threshold) -> str | None:
     """Said where the good test images contradict the calibration."""
     interval = report.intervals["overkill_rate"]
     rate = report.figures["overkill_rate"]
-    if threshold.guarantee == "none" or rate is None or interval is None or interval[0] <= threshold.rate:
+    if threshold.guarantee == "none" or rate is None or interval is None or interval[0] <= threshold.highest:
         return None
     return (
-        f"Of the good test images {percent(rate)} are rejected, clearly more than {percent(threshold.rate)}. "
+        f"Of the good test images {percent(rate)} are rejected, clearly more than {percent(threshold.highest)}. "
         "They are not like the calibration images: look at the false alarms below for the difference."
     )
 
@@ -137,7 +150,8 @@ def kind_rows(report: EvaluationReport) -> list[dict[str, Any]]:
         group = []
         for kind in sorted({r.kind for r in of_label}):
             verdicts = [r.verdict for r in of_label if r.kind == kind]
-            rejected, passed, errors = (verdicts.count(verdict) for verdict in ("defect", "good", "error"))
+            rejected, passed, unsure, errors = map(verdicts.count, ("defect", "good", "unsure", "error"))
+            judged = rejected + passed + unsure
             group.append(
                 {
                     "kind": kind,
@@ -145,8 +159,9 @@ def kind_rows(report: EvaluationReport) -> list[dict[str, Any]]:
                     "images": len(verdicts),
                     "rejected": rejected,
                     "passed": passed,
+                    "unsure": unsure,
                     "errors": errors,
-                    "right": (rejected if defective else passed) / (rejected + passed) if rejected + passed else None,
+                    "right": (rejected if defective else passed) / judged if judged else None,
                     "auroc": report.auroc_of(kind) if defective else None,
                 }
             )

@@ -73,6 +73,7 @@ def _text(value: Any) -> str:
 def promise(threshold: Threshold) -> dict[str, list[str]]:
     """What the calibration means and what it does not, in sentences."""
     rate, images = percent(threshold.rate), threshold.images
+    low, high = map(percent, threshold.interval or (0.0, 1.0))
     means = {
         "marginal": [
             f"Of good parts like the {images} calibration images, at most {rate} are rejected on average. "
@@ -89,6 +90,11 @@ def promise(threshold: Threshold) -> dict[str, list[str]]:
             "Each of these images was scored by a model that had not seen it, but the model in use has learnt from "
             "all of them. So this is a fair estimate, and not a promise. For a promise, keep good images out of "
             "training: train with --calibration holdout, or with a folder of further good images.",
+        ],
+        "tail": [
+            f"About {rate} of good parts like the {images} calibration images are rejected, and with 95 % confidence "
+            f"{low} to {high}, if the highest of their scores go on as a generalised Pareto distribution does.",
+            "So this is an estimate, and not a promise. The conformal threshold needs no such distribution.",
         ],
         "none": [f"You chose this threshold. {rate} of the {images} calibration images reach it."],
     }[threshold.guarantee]
