@@ -296,3 +296,7 @@ class Method(nn.Module):
                     raise RuntimeError(f"{name} has shape {tuple(state[name].shape)}, expected {tuple(buffer.shape)}")
                 module.register_buffer(key, torch.empty_like(state[name], dtype=buffer.dtype))
         self.load_state_dict(state)
+        if self.levelling is not None and self.levelling.levels:
+            places = self.resize.rows.shape[1] * self.resize.columns.shape[0]
+            if not self.levelling.shift.numel() == self.levelling.gain.numel() == places:
+                raise RuntimeError(f"levelling is of another grid than the {places} places of the map")

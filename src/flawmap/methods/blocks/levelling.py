@@ -26,8 +26,8 @@ class Levelling(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("shift", torch.empty(0, 0))
-        self.register_buffer("gain", torch.empty(0, 0))
+        self.register_buffer("shift", torch.empty(0))  # (h*w,)
+        self.register_buffer("gain", torch.empty(0))
         self.shift: Tensor
         self.gain: Tensor
 
@@ -37,11 +37,13 @@ class Levelling(nn.Module):
         return self.shift.numel() > 0
 
     def forward(self, maps: Tensor) -> Tensor:
-        return (maps - self.shift) * self.gain
+        size = maps.shape[-2:]
+        return (maps - self.shift.view(size)) * self.gain.view(size)
 
     def learn(self, maps: GoodMaps, *, means: bool) -> None:
         """From the maps of good images that the method had not learnt; `means` takes each place from its mean."""
-        self.shift, self.gain = maps.level(means=means)
+        shift, gain = maps.level(means=means)
+        self.shift, self.gain = shift.flatten(), gain.flatten()
 
 
 class GoodMaps:

@@ -1,0 +1,123 @@
+import numpy as np
+import pytest
+import torch
+
+from flawmap import Detector
+from flawmap.datasets.drawn import draw_dataset
+from flawmap.imaging.decoding import read_image
+from flawmap.learning.alignment import Alignment, find_alignment
+from flawmap.methods.blocks.levelling import GoodMaps, Levelling
+
+SIDE = 12
+
+
+def drawn_maps(n=40, seed=0):
+    """Maps that are high and restless in their left half."""
+    random = np.random.default_rng(seed)
+    place = np.where(np.arange(SIDE) < SIDE // 2, 5.0, 1.0)
+    spread = np.where(np.arange(SIDE) < SIDE // 2, 2.0, 0.5)
+    return torch.tensor(place + spread * random.standard_normal((n, 1, SIDE, SIDE)), dtype=torch.float32)
+
+
+def test_level_maps_have_no_place_of_their_own():
+    levelling = Levelling()
+    assert not levelling.levels
+    levelling.learn(GoodMaps(drawn_maps(400)), means=True)
+    assert levelling.levels
+    level = levelling(drawn_maps(400, seed=1))[:, 0]
+    inner = level[:, :, [1, 2, 9, 10]]  # beside the step its two sides are averaged
+    assert float(inner.mean(0).abs().max()) < 0.35
+    np.testing.assert_allclose(inner.std(0), 1, atol=0.2)
+
+
+def test_without_means_only_the_spread_of_a_place_counts():
+    good = GoodMaps(drawn_maps(400))
+    shift, gain = good.level(means=False)
+    assert shift.unique().tolist() == pytest.approx([3.0], abs=0.05)  # the mean of all places
+    np.testing.assert_allclose(gain[:, [0, 1]], 0.5, rtol=0.15)
+    np.testing.assert_allclose(gain[:, [10, 11]], 2.0, rtol=0.15)
+
+
+def test_what_is_left_out_teaches_nothing():
+    maps = drawn_maps()
+    maps[7] += 100
+    good, rest = GoodMaps(maps), GoodMaps(torch.cat([maps[:3], maps[4:7], maps[8:]]))
+    for found, wanted in zip(good.level(torch.tensor([3, 7]), means=True), rest.level(means=True), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert float((good.level(means=True)[0] - rest.level(means=True)[0]).abs().max()) > 1
+
+
+def test_places_that_were_never_scored_are_as_usual():
+    maps, scored = drawn_maps(), torch.ones(40, 1, SIDE, SIDE)
+    scored[:, :, 6:] = 0
+    shift, gain = GoodMaps(maps, scored).level(means=True)
+    alone = GoodMaps(maps[:, :, :6]).level(means=True)
+    torch.testing.assert_close(shift[:4], alone[0][:4], rtol=1e-3, atol=1e-3)
+    assert float(shift[10, 3]) == pytest.approx(float(maps[:, :, :6].mean()), rel=1e-3)
+    assert bool(torch.isfinite(gain).all())
+
+
+def test_maps_that_never_change_are_not_blown_up():
+    maps = torch.zeros(20, 1, SIDE, SIDE)
+    maps[:, :, :, :3] = torch.randn(20, 1, SIDE, 3)
+    _, gain = GoodMaps(maps).level(means=True)
+    usual = float(maps.var(0).mean().sqrt())
+    assert float(gain.max()) == pytest.approx(1 / (0.05 * usual), rel=0.01)
+    assert bool(torch.isfinite(GoodMaps(torch.zeros(5, 1, SIDE, SIDE)).level(means=False)[1]).all())
+
+
+def test_the_share_that_the_place_explains():
+    random = np.random.default_rng(2)
+    place = random.standard_normal((1, 1, SIDE, SIDE)) * 2
+    maps = place + random.standard_normal((300, 1, SIDE, SIDE))
+    assert GoodMaps(torch.tensor(maps)).explained() == pytest.approx(place.var() / (place.var() + 1), abs=0.03)
+    assert GoodMaps(torch.tensor(random.standard_normal((10, 1, SIDE, SIDE)))).explained() < 0.05
+
+
+@pytest.mark.parametrize(("kind", "lie"), [("screws", "any pose"), ("boards", "alike"), ("fabric", "texture")])
+def test_how_parts_lie(tmp_path, kind, lie):
+    draw_dataset(tmp_path, kind, 3, train=24, good=1, per_defect=1, size=128)
+    pictures = [read_image(p).astype(np.float32) / 255 for p in sorted((tmp_path / "train" / "good").iterdir())]
+    found = find_alignment(pictures)
+    assert found.lie == lie
+    assert isinstance(found, Alignment)
+    assert lie.split()[-1] in found.describe()
+
+
+def test_a_levelled_detector_is_the_same_from_its_file_and_tells_why(tmp_path):
+    draw_dataset(tmp_path / "boards", "boards", 0, train=24, good=2, per_defect=2, size=128)
+    detector = Detector(image_size=128).fit(tmp_path / "boards")
+    assert detector.method == "gaussbank"
+    assert detector.calibration_.mode == "loo"
+    assert "the parts lie alike" in detector.training_["levelling"]
+    detector.save(tmp_path / "m.safetensors")
+    loaded = Detector.load(tmp_path / "m.safetensors")
+    picture = next((tmp_path / "boards" / "test").rglob("*.png"))
+    one, other = detector.predict(picture), loaded.predict(picture)
+    assert one.score == other.score
+    np.testing.assert_array_equal(one.anomaly_map, other.anomaly_map)
+    plain = Detector(image_size=128, level="none").fit(tmp_path / "boards")
+    assert plain.training_["levelling"] is None
+    assert plain.predict(picture).score != one.score
+
+
+@pytest.mark.parametrize("method", ["patchcore", "padim"])
+def test_any_method_with_maps_can_be_levelled(tmp_path, method):
+    draw_dataset(tmp_path, "fabric", 0, train=12, good=2, per_defect=2, size=128)
+    detector = Detector(method, image_size=128, level="auto").fit(tmp_path)
+    assert detector.method_.levelling.levels
+    assert "texture" in detector.training_["levelling"]
+    # Level maps of good images are about zero everywhere, as is what regions are cut by in units of the spread.
+    good = sorted((tmp_path / "test" / "good").iterdir())
+    assert abs(float(np.mean([detector.predict(path).anomaly_map.mean() for path in good]))) < 1
+
+
+def test_maps_are_not_levelled_where_nothing_is_known_of_a_place(tmp_path):
+    from flawmap.imaging.geometry import Geometry
+
+    draw_dataset(tmp_path / "fabric", "fabric", 0, train=6, good=1, per_defect=1, size=128)
+    few = Detector(image_size=128).fit(tmp_path / "fabric")
+    assert "too few" in few.training_["levelling"]
+    tiles = Detector("patchcore", image_size=64, geometry=Geometry.from_options(False, None, "64"), level="auto")
+    assert "tile" in tiles.fit(tmp_path / "fabric").training_["levelling"]
+    assert Detector(image_size=64, geometry=Geometry.from_options(False, None, "64")).method == "patchcore"
