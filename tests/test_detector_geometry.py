@@ -230,9 +230,9 @@ def test_masked_features_alone_are_learnt_and_scored(method):
         torch.manual_seed(0)
         run_stage(learnt.eval().requires_grad_(False), [seen], inside)
     if method == "padim":
-        at = one.images > 0
-        assert one.images.unique().tolist() == [0, 6, 12]
-        torch.testing.assert_close(one.mean[at], two.mean[at], rtol=1e-4, atol=1e-3)
+        at = one.gaussians.images > 0
+        assert one.gaussians.images.unique().tolist() == [0, 6, 12]
+        torch.testing.assert_close(one.gaussians.mean[at], two.gaussians.mean[at], rtol=1e-4, atol=1e-3)
     if method == "patchcore":
         assert int(one.bank.seen) == int(scored.sum())
         assert torch.equal(one.bank.index, two.bank.index)

@@ -224,7 +224,7 @@ def header_edits(content, others, rng):
     old, new = (
         (b"F32", b"F16"), (b"F32", b"F64"), (b"I64", b"F64"), (b"[64", b"[65"), (b"0,", b"9,"),
         (b"data_offsets", b"shape"),
-        (b'"flawmap"', b'"flawmat"'), (b'\\"format\\":2', b'\\"format\\":3'), (b"padim", b"patch"), (b"{", b"["),
+        (b'"flawmap"', b'"flawmat"'), (b'\\"format\\":3', b'\\"format\\":4'), (b"padim", b"patch"), (b"{", b"["),
         (b"}", b""), (b":", b":-"), (b"1", b"1e999"), (b"0.", b"NaN"),
     )[rng.integers(14)]  # fmt: skip
     places = [at for at in range(len(text)) if text.startswith(old, at)]
@@ -305,7 +305,7 @@ def forged_tensor(tensors, rng):
     name = (
         sorted(forged)[rng.integers(len(forged))]
         if rng.integers(2)
-        else str(rng.choice(["mean", "whiten_lower", "reduce"]))
+        else str(rng.choice(["gaussians.mean", "gaussians.whiten_lower", "gaussians.reduce"]))
     )
     tensor = forged[name]
     what = str(rng.choice(["missing", "further", "shape", "longer", "empty", "kind", "nan", "infinite", "huge"]))

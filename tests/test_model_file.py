@@ -31,7 +31,7 @@ def refused(path, match):
 
 def test_what_was_written_is_read(small):
     tensors, metadata, digest = read_model(small)
-    assert metadata == {**METADATA, "format": 2}
+    assert metadata == {**METADATA, "format": 3}
     assert digest == write_model(small, TENSORS, METADATA) != write_model(small, TENSORS, {})
     assert tensors.keys() == TENSORS.keys()
     for name, tensor in TENSORS.items():
@@ -76,7 +76,7 @@ def test_any_changed_byte_is_noticed(small, tmp_path):
             assert "\n" not in line, position
             assert "train" in line, position
         else:  # a flip in the header's padding or spelling changes nothing that is read
-            assert metadata == {**METADATA, "format": 2}, position
+            assert metadata == {**METADATA, "format": 3}, position
             assert digest == kept, position
             assert all(torch.equal(tensors[name], tensor) for name, tensor in TENSORS.items()), position
 
@@ -114,11 +114,11 @@ def test_metadata_holds_no_time_and_no_path(model_file, drawn):
     assert not {"time", "date", "path", "duration", "milliseconds"} & set(json.loads(text))
 
 
-@pytest.mark.parametrize("version", [1, 3])
+@pytest.mark.parametrize("version", [2, 4])
 def test_another_format_is_named(tmp_path, version):
     other = tmp_path / "other.safetensors"
     save_file({"a": torch.zeros(1)}, other, {"flawmap": json.dumps({"format": version, "digest": ""})})
-    refused(other, f"format {version}.*reads 2: upgrade flawmap, or train again")
+    refused(other, f"format {version}.*reads 3: upgrade flawmap, or train again")
 
 
 @pytest.mark.parametrize("metadata", [None, {}, {"other": "1"}, {"flawmap": "{"}, {"flawmap": "[]"}, {"flawmap": "3"}])

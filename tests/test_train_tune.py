@@ -187,7 +187,7 @@ def test_what_was_held_out_neither_fits_nor_calibrates(tuned, good):
     assert (tuning.images, len(tuning.points)) == (4, 2)  # as set is one of the grid's
     assert tuning.before == tuning.points[0] == {"levels": ("blocks.1",), "image_size": (64, 64)}
     assert detector.training_["images"] == len(detector.calibration_.scores) == len(good) - 4
-    assert detector.calibration_.mode == "crossfit"
+    assert detector.calibration_.mode == "loo"
     assert detector.training_["tuned"] == {
         "levels": list(tuning.chosen["levels"]),
         "image_size": [64, 64],
@@ -286,7 +286,7 @@ def test_train_tune(drawn, tmp_path, flawmap):
         (["--grid", "pool=1,3"], "chooses nothing without --tune"),
         (["--oracle"], "chooses nothing without --tune"),
         (["--tune", "--grid", "pool"], "'pool' is not key=a,b,c"),
-        (["--tune", "--grid", "depth=1,3"], "no such setting of patchcore; choose image_size, levels"),
+        (["--tune", "--grid", "depth=1,3"], "no such setting of gaussbank; choose image_size, level"),
         (["--tune", "--grid", "pool=a,b"], "pool=a is not valid"),
         (["--tune", "--grid", "image_size=small"], "give whole numbers"),
         (["--tune", "--grid", "image_size=16,64"], "too small"),

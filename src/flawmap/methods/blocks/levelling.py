@@ -43,7 +43,7 @@ class Levelling(nn.Module):
     def learn(self, maps: GoodMaps, *, means: bool) -> None:
         """From the maps of good images that the method had not learnt; `means` takes each place from its mean."""
         shift, gain = maps.level(means=means)
-        self.shift, self.gain = shift.flatten(), gain.flatten()
+        self.shift, self.gain = (kept.flatten().to(self.shift.device) for kept in (shift, gain))
 
 
 class GoodMaps:

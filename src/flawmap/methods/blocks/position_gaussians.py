@@ -192,9 +192,8 @@ def downdated(y: Tensor, held: Tensor, n: Tensor, share: Tensor) -> Tensor:
     products = y @ y.transpose(1, 2)  # (P, k, k)
     if y.shape[1] == 1:
         q, ratio = products[:, 0], (n / left)[:, None]  # (P, 1); K, and 1 + 1 / (n - k)
-        return (scale * ratio.square() * q / (1 - share[:, None] * ratio / (n - 1)[:, None] * q).clamp_min(_LEAST)).to(
-            y
-        )
+        rest = (1 - share[:, None] * ratio / (n - 1)[:, None] * q).clamp_min(_LEAST)
+        return (scale * ratio.square() * q / rest).float()
     identity = torch.eye(y.shape[1]).to(y)
     outer = held[:, :, None] * held[:, None] / left[:, None, None]
     moved = identity + outer  # (P, k, k): deviations from the others' mean
