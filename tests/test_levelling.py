@@ -4,6 +4,7 @@ import torch
 
 from flawmap import Detector
 from flawmap.datasets.drawn import draw_dataset
+from flawmap.errors import FlawmapError
 from flawmap.imaging.decoding import read_image
 from flawmap.learning.alignment import Alignment, find_alignment
 from flawmap.methods.blocks.levelling import GoodMaps, Levelling
@@ -121,3 +122,28 @@ def test_maps_are_not_levelled_where_nothing_is_known_of_a_place(tmp_path):
     tiles = Detector("patchcore", image_size=64, geometry=Geometry.from_options(False, None, "64"), level="auto")
     assert "tile" in tiles.fit(tmp_path / "fabric").training_["levelling"]
     assert Detector(image_size=64, geometry=Geometry.from_options(False, None, "64")).method == "patchcore"
+
+
+def test_images_learnt_later_are_levelled_as_before(tmp_path):
+    draw_dataset(tmp_path / "cloth", "fabric", 0, train=16, good=1, per_defect=1, size=128)
+    good = sorted((tmp_path / "cloth" / "train" / "good").iterdir())
+    detector = Detector("patchcore", image_size=128, level="auto").fit(good[:12])
+    shift, scores = detector.method_.levelling.shift.clone(), [detector.predict(path).score for path in good[12:]]
+    detector.update(good[12:])
+    assert torch.equal(detector.method_.levelling.shift, shift)
+    np.testing.assert_allclose(detector.calibration_.scores[12:], scores, rtol=1e-3, atol=1e-3)
+
+
+def test_what_is_trained_by_gradient_cannot_leave_one_out(tmp_path):
+    draw_dataset(tmp_path / "cloth", "fabric", 0, train=6, good=1, per_defect=1, size=64)
+    with pytest.raises(FlawmapError, match="loo.*holdout"):
+        Detector("cfa", image_size=64, epochs=0, calibration="loo").fit(tmp_path / "cloth")
+
+
+def test_a_level_of_another_grid_is_refused(tmp_path):
+    draw_dataset(tmp_path / "cloth", "fabric", 0, train=8, good=1, per_defect=1, size=64)
+    detector = Detector("patchcore", image_size=64, level="auto").fit(tmp_path / "cloth")
+    method, state = detector.method_, detector.method_.state_dict()
+    for name in ("levelling.shift", "levelling.gain"):
+        with pytest.raises(RuntimeError, match="levelling"):
+            method.load_state({**state, name: torch.ones(3)})

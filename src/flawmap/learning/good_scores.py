@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,9 +83,12 @@ def split_images(
         seed: of the split.
 
     Raises:
-        FlawmapError: no two different images, or a calibration folder without new ones.
+        FlawmapError: no two different images, a calibration folder without new ones, or leaving one out of a method
+            that trains by gradient.
     """
     mode = calibration
+    if mode == "loo" and optimises:
+        raise FlawmapError("--calibration loo: what was trained by gradient cannot forget an image; take holdout")
     if mode == "auto":
         mode = "holdout" if optimises else "loo"
     if mode in ("loo", "crossfit", "holdout") and len({groups[i] for i in images}) < 2:
@@ -121,19 +124,28 @@ class GoodScores:
 
 @dataclass
 class _Scored:
-    """Model inputs as a method that had not learnt them scored them, in the order in which they came."""
+    """Model inputs as a method that had not learnt them scored them, in the order in which they came, on the CPU."""
 
     owners: list[int]
     maps: list[Tensor]
     scores: list[Tensor]
-    inside: list[Tensor]
+    inside: list[Tensor | None]
 
     def add(self, owners: Sequence[int], scored: tuple[Tensor, Tensor], inside: Tensor | None) -> None:
         self.owners += owners
         self.maps.append(scored[0].cpu())
         self.scores.append(scored[1].cpu())
-        if inside is not None:
-            self.inside.append(inside.cpu())
+        self.inside.append(None if inside is None else inside.cpu())
+
+    def parts(self, device: str) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """Maps, scores and `inside` of some inputs after the other."""
+        for maps, scores, inside in zip(self.maps, self.scores, self.inside, strict=True):
+            yield maps.to(device), scores.to(device), None if inside is None else inside.to(device)
+
+    def replace(self, scored: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Takes other maps and scores of the same inputs, in the same parts."""
+        found = [(maps.cpu(), scores.cpu()) for maps, scores in scored]
+        self.maps, self.scores = [maps for maps, _ in found], [scores for _, scores in found]
 
 
 def good_scores(
@@ -149,24 +161,23 @@ def good_scores(
 ) -> GoodScores:
     """Scores the held-out images with `method`, or each training image with a method that has not learnt it.
 
-    A method that `level`s learns to do so from the maps; each image is then scored by what the others taught.
-
-    Raises:
-        FlawmapError: leaving one out was asked for, and the method has no closed form for it.
+    A method that levels its maps learns to do so from these; each image is then scored by what the others taught.
+    Without `level` it keeps to what it has learnt. Where images cannot be left out in closed form, "loo" becomes
+    "crossfit".
     """
-    with torch.inference_mode():
+    with torch.no_grad():
         scored, mode = _scored(method, data, split, seed, device, progress, fit)
         levelling = None
         if method.levelling is not None and level:
             levelling = _level(method, data, split, scored)
+        elif method.levelling is not None:
+            scored.replace(method.levelled(*part) for part in scored.parts(device))
         best: dict[int, tuple[float, float]] = {}
-        start = 0
-        for i, maps in enumerate(scored.maps):
-            inside = scored.inside[i].to(device) if scored.inside else None
-            peaks = method.enlarge(maps.to(device), inside).amax((1, 2, 3)).tolist()
-            owners = scored.owners[start : start + len(maps)]
-            start += len(maps)
-            for image, value, peak in zip(owners, scored.scores[i].tolist(), peaks, strict=True):
+        owners = iter(scored.owners)
+        for maps, scores, inside in scored.parts(device):
+            peaks = method.enlarge(maps, inside).amax((1, 2, 3)).tolist()
+            for value, peak in zip(scores.tolist(), peaks, strict=True):
+                image = next(owners)
                 before = best.get(image, (value, peak))
                 best[image] = (max(value, before[0]), max(peak, before[1]))
     distinct = {data.digests[image]: image for image in sorted(best, reverse=True)}
@@ -249,8 +260,8 @@ def _level(method: Method, data: TrainingData, split: Split, scored: _Scored) ->
     alignment = find_alignment([data.pixels(row) for row in chosen])
     if alignment.lie == "any pose":
         return f"maps are not levelled: {alignment.describe()}"
-    inside = on_grid(torch.cat(scored.inside), maps.shape[-2:]) if scored.inside else None
-    good = GoodMaps(maps, inside)
+    held = [part for part in scored.inside if part is not None]
+    good = GoodMaps(maps, on_grid(torch.cat(held), maps.shape[-2:]) if held else None)
     means = alignment.lie == "texture"
     method.levelling.learn(good, means=means)
     groups = torch.tensor([split.groups[i] if split.groups else i for i in scored.owners])
@@ -259,10 +270,8 @@ def _level(method: Method, data: TrainingData, split: Split, scored: _Scored) ->
         members = (groups == group).nonzero()[:, 0]
         shift, gain = good.level(members, means=means)
         level[members] = (maps[members] - shift) * gain
-    sizes = [len(part) for part in scored.maps]
-    scored.maps = list(level.split(sizes))
-    held = [None] * len(sizes) if not scored.inside else scored.inside
-    scored.scores = [largest(part, where) for part, where in zip(scored.maps, held, strict=True)]
+    parts = level.split([len(part) for part in scored.maps])
+    scored.replace([(part, largest(part, inside)) for part, inside in zip(parts, scored.inside, strict=True)])
     by = "mean and spread" if means else "spread"
     return (
         f"maps are levelled by the {by} of each place: {alignment.describe()}; "

@@ -59,7 +59,7 @@ def update(
         images = list({kept: i for i, kept in reversed(list(enumerate(data.digests)))}.values())[::-1]
         if not images:
             raise FlawmapError(f"none of the {len(paths)} images in {source} can be read")
-        good = good_scores(method, data, Split([], images, "holdout"), seed, device, progress)
+        good = good_scores(method, data, Split([], images, "holdout"), seed, device, progress, level=False)
         rows = data.rows(images)
         stages = method.further_stages(len(rows))
         train(method, data, rows, stages, seed=seed, progress=progress, announce=announce)
