@@ -136,7 +136,7 @@ def test_images_learnt_later_are_levelled_as_before(tmp_path):
 
 def test_what_is_trained_by_gradient_cannot_leave_one_out(tmp_path):
     draw_dataset(tmp_path / "cloth", "fabric", 0, train=6, good=1, per_defect=1, size=64)
-    with pytest.raises(FlawmapError, match="loo.*holdout"):
+    with pytest.raises(FlawmapError, match=r"loo.*holdout"):
         Detector("cfa", image_size=64, epochs=0, calibration="loo").fit(tmp_path / "cloth")
 
 
