@@ -25,6 +25,7 @@ def test_level_maps_have_no_place_of_their_own():
     assert not levelling.levels
     levelling.learn(GoodMaps(drawn_maps(400)), means=True)
     assert levelling.levels
+    assert levelling.scores
     level = levelling(drawn_maps(400, seed=1))[:, 0]
     inner = level[:, :, [1, 2, 9, 10]]  # beside the step its two sides are averaged
     assert float(inner.mean(0).abs().max()) < 0.35
@@ -46,6 +47,22 @@ def test_what_is_left_out_teaches_nothing():
     for found, wanted in zip(good.level(torch.tensor([3, 7]), means=True), rest.level(means=True), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
     assert float((good.level(means=True)[0] - rest.level(means=True)[0]).abs().max()) > 1
+
+
+def test_of_few_images_the_maps_are_levelled_and_their_scores_are_not(tmp_path):
+    draw_dataset(tmp_path / "cloth", "fabric", 0, train=40, good=1, per_defect=1, size=64)
+    good = sorted((tmp_path / "cloth" / "train" / "good").iterdir())
+    picture = next((tmp_path / "cloth" / "test" / "hole").iterdir())
+    for count in (39, 40):
+        levelled, plain = (
+            Detector("padim", image_size=64, level=level).fit(good[:count]) for level in ("auto", "none")
+        )
+        assert levelled.method_.levelling.scores == (count == 40)
+        same = levelled.predict(picture).score == pytest.approx(plain.predict(picture).score, rel=1e-5)
+        assert same == (count == 39)
+        assert np.allclose(levelled.calibration_.scores, plain.calibration_.scores) == (count == 39)
+        assert not np.allclose(levelled.predict(picture).anomaly_map, plain.predict(picture).anomaly_map)
+        assert ("image scores are not" in levelled.training_["levelling"]) == (count == 39)
 
 
 def test_places_that_were_never_scored_are_as_usual():
@@ -99,7 +116,7 @@ def test_a_levelled_detector_is_the_same_from_its_file_and_tells_why(tmp_path):
     np.testing.assert_array_equal(one.anomaly_map, other.anomaly_map)
     plain = Detector(image_size=128, level="none").fit(tmp_path / "boards")
     assert plain.training_["levelling"] is None
-    assert plain.predict(picture).score != one.score
+    assert not np.allclose(plain.predict(picture).anomaly_map, one.anomaly_map)
 
 
 @pytest.mark.parametrize("method", ["patchcore", "padim"])

@@ -17,7 +17,7 @@ from flawmap.imaging.image_files import find_images
 from flawmap.learning.alignment import LOOKED_AT, find_alignment
 from flawmap.learning.data import COLLECTED, Progress, TrainingData, batches, on_device
 from flawmap.methods import Method
-from flawmap.methods.blocks.levelling import FEWEST, GoodMaps
+from flawmap.methods.blocks.levelling import ENOUGH, FEWEST, GoodMaps
 from flawmap.methods.blocks.smoothing import largest, on_grid
 
 # Leaving out a third of many images changes a bank as little as leaving out a fifth of few.
@@ -271,12 +271,16 @@ def _level(method: Method, data: TrainingData, split: Split, scored: _Scored) ->
         shift, gain = good.level(members, means=means)
         level[members] = (maps[members] - shift) * gain
     parts = level.split([len(part) for part in scored.maps])
-    scored.replace([(part, largest(part, inside)) for part, inside in zip(parts, scored.inside, strict=True)])
+    ranked = scored.scores
+    if method.levelling.scores:
+        ranked = [largest(part, inside) for part, inside in zip(parts, scored.inside, strict=True)]
+    scored.replace(zip(parts, ranked, strict=True))
     by = "mean and spread" if means else "spread"
-    return (
+    line = (
         f"maps are levelled by the {by} of each place: {alignment.describe()}; "
         f"the place explains {good.explained():.0%} of what good images' maps vary by"
     )
+    return line if method.levelling.scores else f"{line}; image scores are not: {len(maps)} images are few, {ENOUGH} do"
 
 
 def folds(groups: Sequence[Any], count: int, seed: int) -> list[list[int]]:

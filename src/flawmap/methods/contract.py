@@ -240,11 +240,11 @@ class Method(nn.Module):
         return enlarged
 
     def levelled(self, anomaly_map: Tensor, image_score: Tensor, inside: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """What `score` gave; with a level map and its largest value as the image score where `levelling` has learnt."""
+        """What `score` gave; where `levelling` has learnt, with a level map, mostly scored by its largest value."""
         if self.levelling is None or not self.levelling.levels:
             return anomaly_map, image_score
         level = self.levelling(anomaly_map)
-        return level, largest(level, inside)
+        return level, largest(level, inside) if self.levelling.scores else image_score
 
     def leave_one_out(
         self, features: list[Tensor], inside: Tensor | None, groups: Tensor

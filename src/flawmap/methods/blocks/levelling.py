@@ -17,24 +17,34 @@ from torch import Tensor, nn
 
 FEWEST = 8
 """Good maps; of fewer a place's spread is not known."""
+ENOUGH = 40
+"""Good maps; of fewer the maps are levelled, and the image scores are not: their threshold is set by the oddest good
+image, and it is all the odder in units of a spread that the few others show."""
 _KERNEL = (0.054, 0.242, 0.408, 0.242, 0.054)  # a Gaussian of one cell: neighbours tell of a place too
 _LEAST_SPREAD = 0.05  # of the usual one: places that never change are not blown up without bound
 
 
 class Levelling(nn.Module):
-    """Maps (B, 1, h, w) -> (map - shift) / spread, place by place. Learns nothing until `learn` is called."""
+    """Maps (B, 1, h, w) -> (map - shift) / spread, place by place. Does nothing until `learn` is called."""
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("shift", torch.empty(0))  # (h*w,)
         self.register_buffer("gain", torch.empty(0))
+        self.register_buffer("ranks", torch.empty(0))  # (1,) where image scores are those of level maps
         self.shift: Tensor
         self.gain: Tensor
+        self.ranks: Tensor
 
     @property
     def levels(self) -> bool:
         """Whether there is anything to level by."""
         return self.shift.numel() > 0
+
+    @property
+    def scores(self) -> bool:
+        """Whether an image's score is the largest value of its level map."""
+        return self.ranks.numel() > 0
 
     def forward(self, maps: Tensor) -> Tensor:
         size = maps.shape[-2:]
@@ -42,6 +52,7 @@ class Levelling(nn.Module):
 
     def learn(self, maps: GoodMaps, *, means: bool) -> None:
         """From the maps of good images that the method had not learnt; `means` takes each place from its mean."""
+        self.ranks = self.ranks.new_ones(int(len(maps) >= ENOUGH))
         shift, gain = maps.level(means=means)
         self.shift, self.gain = (kept.flatten().to(self.shift.device) for kept in (shift, gain))
 
@@ -58,6 +69,9 @@ class GoodMaps:
         self._maps = maps[:, 0]
         self._scored = torch.ones_like(self._maps) if scored is None else scored[:, 0].to(self._maps)
         self._sums = self._of(slice(None))
+
+    def __len__(self) -> int:
+        return len(self._maps)
 
     def _of(self, some: slice | Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Count, sum and sum of squares (h, w), float64, of some maps."""
