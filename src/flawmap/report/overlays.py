@@ -92,7 +92,7 @@ def write_map(path: Path, inspection: Inspection, scale: HeatScale) -> None:
     """Writes the map as a 16-bit grey PNG on the original pixels: 0 is map value 0, 65535 twice the scale's end.
 
     The value of a pixel is `pixel / 65535 * 2 * scale.high`; larger values are clipped, and 0 stands
-    where nothing was scored.
+    where nothing was scored, and where a level map lies below what is usual for the place.
     """
     assert inspection.anomaly_map is not None
     values = np.nan_to_num(np.clip(inspection.anomaly_map / (2 * scale.high), 0, 1), nan=0.0) * 65535
