@@ -17,19 +17,18 @@ made of, and not where it belongs. Each distance is taken in units of its usual 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
-from flawmap.backbones import Backbone, default_deep_levels, default_levels
-from flawmap.methods.blocks.memory_bank import MemoryBank, MemoryBankConfig
+from flawmap.backbones import Backbone
+from flawmap.methods.blocks.memory_bank import MemoryBankConfig, collect_banks, make_banks, resolved_levels
 from flawmap.methods.blocks.patches import resized
 from flawmap.methods.blocks.pooled_gaussians import PooledGaussians
 from flawmap.methods.blocks.smoothing import Enlarge, largest, scored_positions
-from flawmap.methods.contract import Collect, Method, Stage
+from flawmap.methods.contract import Method, Stage
 
 
 class GaussbankConfig(MemoryBankConfig):
@@ -57,37 +56,19 @@ class Gaussbank(Method):
     def __init__(self, config: GaussbankConfig, backbone: Backbone, size: tuple[int, int]) -> None:
         super().__init__(config, backbone, size)
         assert config.levels
-        self.bank = MemoryBank(config, backbone, config.levels, size)
-        self.deep_bank = (
-            MemoryBank(config, backbone, config.deep_levels, size, deep=True) if config.deep_levels else None
-        )
+        self.bank, self.deep_bank = make_banks(config, backbone, size)
         read = [backbone.levels.index(level) for level in config.levels]
         self.gaussians = PooledGaussians(read, backbone, self.bank.grid, config.channels, config.ridge)
         self.resize = Enlarge(self.bank.grid, size, config.sigma)
 
     @classmethod
     def resolved(cls, config: GaussbankConfig, backbone: str) -> GaussbankConfig:
-        levels, deep_levels = config.levels, config.deep_levels
-        if deep_levels is None:  # levels of the user's own choice stand alone
-            deep_levels = default_deep_levels(backbone) if levels is None else ()
-        return config.model_copy(update={"levels": levels or default_levels(backbone), "deep_levels": deep_levels})
+        return resolved_levels(config, backbone)
 
     def stages(self, images: int) -> Iterator[Stage]:
-        generator = torch.Generator().manual_seed(torch.initial_seed())
-        banks = [bank for bank in (self.bank, self.deep_bank) if bank is not None]
-
-        def update(features: list[Tensor], inside: Tensor | None) -> None:
-            for bank in banks:
-                bank.add(features, inside)
-
-        def close(progress: Callable[[int, int], None]) -> None:
-            for bank in banks:
-                bank.close(generator, progress, self.groups)
-
-        peak = sum(bank.reserve(images, generator) for bank in banks)
-        yield Collect("memory bank", update, close, peak_bytes=peak)
+        yield collect_banks((self.bank, self.deep_bank), images, self.groups)
         yield self.gaussians.pooled_covariance()
-        yield self.gaussians.covariances(self.groups, generator)
+        yield self.gaussians.covariances(self.groups)
 
     def score(self, features: list[Tensor], inside: Tensor | None = None) -> tuple[Tensor, Tensor]:
         deep = None if self.deep_bank is None else self.deep_bank.distances(features)[0]

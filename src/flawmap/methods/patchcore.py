@@ -23,19 +23,18 @@ Where this differs from the paper, and the setting that takes the difference bac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
-from flawmap.backbones import Backbone, default_deep_levels, default_levels
+from flawmap.backbones import Backbone
 from flawmap.errors import FlawmapError
-from flawmap.methods.blocks.memory_bank import MemoryBank, MemoryBankConfig
+from flawmap.methods.blocks.memory_bank import MemoryBankConfig, collect_banks, make_banks, resolved_levels
 from flawmap.methods.blocks.patches import resized
 from flawmap.methods.blocks.smoothing import Enlarge, largest, on_grid, within
-from flawmap.methods.contract import Collect, Method, Stage
+from flawmap.methods.contract import Method, Stage
 from flawmap.neighbours import k_nearest
 
 
@@ -61,44 +60,23 @@ class PatchCore(Method):
 
     def __init__(self, config: PatchCoreConfig, backbone: Backbone, size: tuple[int, int]) -> None:
         super().__init__(config, backbone, size)
-        assert config.levels
-        self.bank = MemoryBank(config, backbone, config.levels, size)
-        self.deep_bank = (
-            MemoryBank(config, backbone, config.deep_levels, size, deep=True) if config.deep_levels else None
-        )
+        self.bank, self.deep_bank = make_banks(config, backbone, size)
         self.resize = Enlarge(self.bank.grid, size, config.sigma)
 
     @classmethod
     def resolved(cls, config: PatchCoreConfig, backbone: str) -> PatchCoreConfig:
-        levels, deep_levels = config.levels, config.deep_levels
-        if deep_levels is None:  # levels of the user's own choice stand alone, and so does what is reweighted
-            deep_levels = default_deep_levels(backbone) if levels is None and not config.reweight else ()
-        if deep_levels and config.reweight:
+        if config.deep_levels and config.reweight:
             raise FlawmapError(
                 "reweight=true scores a single bank: leave deep_levels unset, or set deep_levels= (none)"
             )
-        return config.model_copy(update={"levels": levels or default_levels(backbone), "deep_levels": deep_levels})
+        return resolved_levels(config, backbone, single=config.reweight)
 
     def stages(self, images: int) -> Iterator[Stage]:
-        yield self._collect(images)
+        yield collect_banks((self.bank, self.deep_bank), images, self.groups)
 
     def further_stages(self, images: int) -> Iterator[Stage]:
         """The banks' vectors and the new patches are thinned together; projections and units stay."""
-        yield self._collect(images)
-
-    def _collect(self, images: int) -> Collect:
-        generator = torch.Generator().manual_seed(torch.initial_seed())
-        banks = [bank for bank in (self.bank, self.deep_bank) if bank is not None]
-
-        def update(features: list[Tensor], inside: Tensor | None) -> None:
-            for bank in banks:
-                bank.add(features, inside)
-
-        def close(progress: Callable[[int, int], None]) -> None:
-            for bank in banks:
-                bank.close(generator, progress, self.groups)
-
-        return Collect("memory bank", update, close, peak_bytes=sum(bank.reserve(images, generator) for bank in banks))
+        yield collect_banks((self.bank, self.deep_bank), images, None)
 
     def score(self, features: list[Tensor], inside: Tensor | None = None) -> tuple[Tensor, Tensor]:
         distances, indices, queries = self.bank.distances(features)  # of each patch to the bank (Eq. 6)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from flawmap.backbones import Backbone
+from flawmap.backbones import Backbone, default_deep_levels, default_levels
 from flawmap.errors import FlawmapError
 from flawmap.methods.blocks.moments import Moments
 from flawmap.methods.blocks.patch_projection import PatchProjection
 from flawmap.methods.blocks.patches import PatchSample
 from flawmap.methods.blocks.smoothing import scored_positions
-from flawmap.methods.contract import LevelledConfig
+from flawmap.methods.contract import Collect, LevelledConfig
 from flawmap.neighbours import k_center_greedy, k_nearest, nearest, search_index
 
 _UNIT_SAMPLE = 4096
@@ -36,6 +37,17 @@ class MemoryBankConfig(LevelledConfig):
     min_vectors: int = Field(1500, ge=1, description="fewest vectors that the bank keeps, if it has as many patches")
     max_vectors: int = Field(10_000, ge=1, description="most vectors that a bank keeps")
     max_candidates: int = Field(1_000_000, ge=1, description="most patches that the coreset chooses from")
+
+
+Resolved = TypeVar("Resolved", bound=MemoryBankConfig)
+
+
+def resolved_levels(config: Resolved, backbone: str, *, single: bool = False) -> Resolved:
+    """The backbone's own levels where none are set; deep ones only beside those, and not for a `single` bank."""
+    levels, deep_levels = config.levels, config.deep_levels
+    if deep_levels is None:  # levels of the user's own choice stand alone
+        deep_levels = default_deep_levels(backbone) if levels is None and not single else ()
+    return config.model_copy(update={"levels": levels or default_levels(backbone), "deep_levels": deep_levels})
 
 
 class MemoryBank(nn.Module):
@@ -180,3 +192,28 @@ class MemoryBank(nn.Module):
                 far = torch.minimum(far, (orphans - orphans[farthest]).square().sum(1).sqrt())
             if added:
                 self.stand_ins[group] = torch.stack(added)
+
+
+def make_banks(
+    config: MemoryBankConfig, backbone: Backbone, size: tuple[int, int]
+) -> tuple[MemoryBank, MemoryBank | None]:
+    """The bank of `levels`, and that of `deep_levels` if there are any, of resolved settings."""
+    assert config.levels
+    deep = MemoryBank(config, backbone, config.deep_levels, size, deep=True) if config.deep_levels else None
+    return MemoryBank(config, backbone, config.levels, size), deep
+
+
+def collect_banks(banks: Sequence[MemoryBank | None], images: int, groups: Tensor | None) -> Collect:
+    """One pass that fills the banks that there are; `groups` as `Method.groups`."""
+    generator = torch.Generator().manual_seed(torch.initial_seed())
+    filled = [bank for bank in banks if bank is not None]
+
+    def update(features: list[Tensor], inside: Tensor | None) -> None:
+        for bank in filled:
+            bank.add(features, inside)
+
+    def close(progress: Callable[[int, int], None]) -> None:
+        for bank in filled:
+            bank.close(generator, progress, groups)
+
+    return Collect("memory bank", update, close, peak_bytes=sum(bank.reserve(images, generator) for bank in filled))

@@ -87,7 +87,7 @@ class PooledGaussians(PositionGaussians):
 
         return Collect("pooled covariance", update, close, peak_bytes=8 * first.numel() + 16 * squares.numel())
 
-    def covariances(self, groups: Tensor | None, generator: torch.Generator) -> Collect:
+    def covariances(self, groups: Tensor | None) -> Collect:
         """The second pass: each position's covariance, shrunk. `groups` (N,) as `Method.groups`."""
         moments = PositionMoments(*self.mean.shape)
         positions = len(self.mean)
@@ -109,8 +109,7 @@ class PooledGaussians(PositionGaussians):
                 for fold in of.unique().tolist():
                     some = z[:, of == fold].flatten(0, 1)
                     own[fold] += some.T @ some
-                    held = positions if scored is None else scored[of == fold].sum() / (of == fold).sum()
-                    counts[fold] += float(held) * int((of == fold).sum())
+                    counts[fold] += len(some) if scored is None else float(scored[of == fold].sum())
             begun += z.shape[1]
             moments.update(z, None if scored is None else scored.T)
 
