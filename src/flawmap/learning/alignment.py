@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flawmap.synthesis import Foreground, find_foreground
+from flawmap.synthesis.foreground import LEAST_DISTINCTNESS
 
 LOOKED_AT = 32
 """Images; the share of so many is known to a few per cent."""
@@ -38,7 +39,10 @@ class Alignment:
     def describe(self) -> str:
         """The evidence, in one line."""
         if self.lie == "texture":
-            return f"the images show a texture (a part stands out by {self.distinctness:.2f}, 0.33 is needed)"
+            return (
+                f"the images show a texture (a part stands out by {self.distinctness:.2f}, "
+                f"{LEAST_DISTINCTNESS:.2f} is needed)"
+            )
         what = "the parts lie alike" if self.lie == "alike" else "the parts lie in any pose"
         return f"{what}: the place explains {self.explained:.0%} of where the part is"
 

@@ -234,12 +234,12 @@ class TrainingData:
         found = next(x for i, x in enumerate(self.prepare.inputs(pixels, placement)) if i == number)
         return self.prepare.preprocessing.normalised(found), placement.inside()[number]
 
-    def pixels(self, row: int) -> NDArray[np.float32]:
-        """The pixels (h, w, 3) in 0..1 of the model input of a row, read anew."""
+    def pixels(self, row: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """The pixels (h, w, 3) in 0..1 of the model input of a row, read anew, and where it is scored (h, w)."""
         preprocessing = self.prepare.preprocessing
         mean, std = np.array(preprocessing.mean, np.float32), np.array(preprocessing.std, np.float32)
-        pixels: NDArray[np.float32] = (self.window(row)[0].transpose(1, 2, 0) * std + mean).clip(0, 1)
-        return pixels
+        normalised, scored = self.window(row)
+        return (normalised.transpose(1, 2, 0) * std + mean).clip(0, 1), scored
 
 
 def _joined(parts: Sequence[Sequence[NDArray[np.float32]]]) -> list[NDArray[Any]]:

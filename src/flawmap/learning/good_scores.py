@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -122,30 +123,23 @@ class GoodScores:
     levelling: str | None = None
 
 
-@dataclass
-class _Scored:
-    """Model inputs as a method that had not learnt them scored them, in the order in which they came, on the CPU."""
+@dataclass(frozen=True)
+class _Part:
+    """Some model inputs as a method that had not learnt them scored them."""
 
-    owners: list[int]
-    maps: list[Tensor]
-    scores: list[Tensor]
-    inside: list[Tensor | None]
+    owners: Sequence[int]  # the image of each
+    scored: tuple[Tensor, Tensor]  # maps and image scores
+    inside: Tensor | None
 
-    def add(self, owners: Sequence[int], scored: tuple[Tensor, Tensor], inside: Tensor | None) -> None:
-        self.owners += owners
-        self.maps.append(scored[0].cpu())
-        self.scores.append(scored[1].cpu())
-        self.inside.append(None if inside is None else inside.cpu())
+    def to(self, device: str) -> _Part:
+        maps, scores = self.scored
+        return _Part(
+            self.owners, (maps.to(device), scores.to(device)), None if self.inside is None else self.inside.to(device)
+        )
 
-    def parts(self, device: str) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        """Maps, scores and `inside` of some inputs after the other."""
-        for maps, scores, inside in zip(self.maps, self.scores, self.inside, strict=True):
-            yield maps.to(device), scores.to(device), None if inside is None else inside.to(device)
 
-    def replace(self, scored: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Takes other maps and scores of the same inputs, in the same parts."""
-        found = [(maps.cpu(), scores.cpu()) for maps, scores in scored]
-        self.maps, self.scores = [maps for maps, _ in found], [scores for _, scores in found]
+_Of = TypeVar("_Of")  # what is kept of a part
+_Rated = list[tuple[int, float, float]]  # image, score and largest map value, of each input
 
 
 def good_scores(
@@ -165,28 +159,33 @@ def good_scores(
     Without `level` it keeps to what it has learnt. Where images cannot be left out in closed form, "loo" becomes
     "crossfit".
     """
+
+    def rated(part: _Part) -> _Rated:
+        peaks = method.enlarge(part.scored[0], part.inside).amax((1, 2, 3)).tolist()
+        return list(zip(part.owners, part.scored[1].tolist(), peaks, strict=True))
+
+    def inspected(part: _Part) -> _Rated:
+        return rated(_Part(part.owners, method.levelled(*part.scored, part.inside), part.inside))
+
+    levelling = None
     with torch.no_grad():
-        scored, mode = _scored(method, data, split, seed, device, progress, fit)
-        levelling = None
-        if method.levelling is not None and level:
-            levelling = _level(method, data, split, scored)
-        elif method.levelling is not None:
-            scored.replace(method.levelled(*part) for part in scored.parts(device))
-        best: dict[int, tuple[float, float]] = {}
-        owners = iter(scored.owners)
-        for maps, scores, inside in scored.parts(device):
-            peaks = method.enlarge(maps, inside).amax((1, 2, 3)).tolist()
-            for value, peak in zip(scores.tolist(), peaks, strict=True):
-                image = next(owners)
-                before = best.get(image, (value, peak))
-                best[image] = (max(value, before[0]), max(peak, before[1]))
+        if method.levelling is not None and level:  # only this needs all maps at once
+            parts, mode = _score(method, data, split, seed, device, progress, fit, lambda part: part.to("cpu"))
+            parts, levelling = _levelled(method, data, split, parts)
+            ratings = [rated(part.to(device)) for part in parts]
+        else:
+            ratings, mode = _score(method, data, split, seed, device, progress, fit, inspected)
+    best: dict[int, tuple[float, float]] = {}
+    for image, value, peak in chain.from_iterable(ratings):
+        before = best.get(image, (value, peak))
+        best[image] = (max(value, before[0]), max(peak, before[1]))
     distinct = {data.digests[image]: image for image in sorted(best, reverse=True)}
     images = sorted(distinct.values())
     peaks_of = np.array([best[image][1] for image in images] if method.localises else [], np.float32)
     return GoodScores(images, np.array([best[image][0] for image in images], np.float32), peaks_of, mode, levelling)
 
 
-def _scored(
+def _score(
     method: Method,
     data: TrainingData,
     split: Split,
@@ -194,24 +193,29 @@ def _scored(
     device: str,
     progress: Progress,
     fit: Fit | None,
-) -> tuple[_Scored, str]:
+    kept: Callable[[_Part], _Of],
+) -> tuple[list[_Of], str]:
+    """What is `kept` of each part that is scored, and how it was: a mode of `Split`."""
     images = split.fitting if split.reused else split.held_out
-    total, found = len(images), _Scored([], [], [], [])
+    found: list[_Of] = []
+    done: set[int] = set()
 
     def score(method: Method, images: Sequence[int]) -> None:
         read = data.of(method).features
         owners = [i for i in images for _ in data.rows([i])]
         for part, of in zip(batches(data.rows(images), COLLECTED), batches(owners, COLLECTED), strict=True):
             features, inside = on_device(read(part), device)
-            found.add(of, method.score(features, inside), inside)
-        progress("calibration", len(set(found.owners)), total)
+            found.append(kept(_Part(of, method.score(features, inside), inside)))
+        done.update(images)
+        progress("calibration", len(done), total)
 
+    total = len(images)
     if not split.reused:
         for some in batches(images, COLLECTED):
             score(method, some)
         return found, split.mode
     if split.mode == "loo":
-        left_out = _left_out(method, data, split, device, progress)
+        left_out = _left_out(method, data, split, device, progress, kept)
         if left_out is not None:
             return left_out, "loo"
     parts = folds([split.groups[i] for i in images], _FOLDS if len(images) < _MANY else _FOLDS_OF_MANY, seed)
@@ -223,64 +227,82 @@ def _scored(
     return found, "crossfit"
 
 
-def _left_out(method: Method, data: TrainingData, split: Split, device: str, progress: Progress) -> _Scored | None:
-    """Each group's images by the method without them, some groups at a time, in the order of their numbers."""
-    found = _Scored([], [], [], [])
-    rows_of: dict[int, list[tuple[int, int]]] = {}
+def _left_out(
+    method: Method,
+    data: TrainingData,
+    split: Split,
+    device: str,
+    progress: Progress,
+    kept: Callable[[_Part], _Of],
+) -> list[_Of] | None:
+    """What is `kept` of each group's images, scored by the method without them; None where that cannot be."""
+    grouped: dict[int, list[tuple[int, int]]] = {}  # image and row
     for image in split.fitting:
-        rows_of.setdefault(split.groups[image], []).extend((image, row) for row in data.rows([image]))
-    waiting: list[tuple[int, int, int]] = []  # group, image, row
-    numbers = sorted(rows_of)
-    for group in numbers:
-        waiting += [(group, image, row) for image, row in rows_of[group]]
-        following = len(rows_of[numbers[numbers.index(group) + 1]]) if group != numbers[-1] else COLLECTED
-        if len(waiting) + following <= COLLECTED:
-            continue
-        features, inside = on_device(data.of(method).features([row for *_, row in waiting]), device)
-        groups = torch.tensor([of for of, *_ in waiting], device=device)
+        grouped.setdefault(split.groups[image], []).extend((image, row) for row in data.rows([image]))
+    found: list[_Of] = []
+    done: set[int] = set()
+    for numbers in _batched(grouped):
+        owners = [image for number in numbers for image, _ in grouped[number]]
+        rows = [row for number in numbers for _, row in grouped[number]]
+        groups = torch.tensor([number for number in numbers for _ in grouped[number]], device=device)
+        features, inside = on_device(data.of(method).features(rows), device)
         scored = method.leave_one_out(features, inside, groups)
         if scored is None:
             return None
-        found.add([image for _, image, _ in waiting], scored, inside)
-        waiting = []
-        progress("calibration", len(set(found.owners)), len(split.fitting))
+        found.append(kept(_Part(owners, scored, inside)))
+        done.update(owners)
+        progress("calibration", len(done), len(split.fitting))
     return found
 
 
-def _level(method: Method, data: TrainingData, split: Split, scored: _Scored) -> str:
-    """Lets the method learn to level, levels what was scored, and says in one line what was decided and why."""
+def _batched(grouped: Mapping[int, Sequence[Any]]) -> Iterator[list[int]]:
+    """The keys in ascending order, some at a time: so many that their values are no more than `COLLECTED`, or one."""
+    some: list[int] = []
+    held = 0
+    for number in sorted(grouped):
+        if some and held + len(grouped[number]) > COLLECTED:
+            yield some
+            some, held = [], 0
+        some.append(number)
+        held += len(grouped[number])
+    yield some
+
+
+def _levelled(method: Method, data: TrainingData, split: Split, parts: list[_Part]) -> tuple[list[_Part], str]:
+    """Lets the method learn to level; the parts as the others' maps level them, and what was decided and why."""
     assert method.levelling is not None
-    maps = torch.cat(scored.maps)
     if data.prepare.geometry.kind == "tile":
-        return "maps are not levelled: a place in a tile is no place of the part"
+        return parts, "maps are not levelled: a place in a tile is no place of the part"
+    maps = torch.cat([part.scored[0] for part in parts])
     if len(maps) < FEWEST:
-        return f"maps are not levelled: {len(maps)} good images are too few to know each place by, {FEWEST} are needed"
+        few = f"{len(maps)} good images are too few to know each place by, {FEWEST} are needed"
+        return parts, f"maps are not levelled: {few}"
     rows = data.rows(split.fitting or split.held_out)
     chosen = [rows[i] for i in np.linspace(0, len(rows) - 1, min(len(rows), LOOKED_AT)).astype(int)]
-    alignment = find_alignment([data.pixels(row) for row in chosen])
+    alignment = find_alignment([data.pixels(row)[0] for row in chosen])
     if alignment.lie == "any pose":
-        return f"maps are not levelled: {alignment.describe()}"
-    held = [part for part in scored.inside if part is not None]
+        return parts, f"maps are not levelled: {alignment.describe()}"
+    held = [part.inside for part in parts if part.inside is not None]
     good = GoodMaps(maps, on_grid(torch.cat(held), maps.shape[-2:]) if held else None)
     means = alignment.lie == "texture"
     method.levelling.learn(good, means=means)
-    groups = torch.tensor([split.groups[i] if split.groups else i for i in scored.owners])
+    groups = torch.tensor([split.groups[i] if split.groups else i for part in parts for i in part.owners])
     level = torch.empty_like(maps)
     for group in groups.unique():
         members = (groups == group).nonzero()[:, 0]
         shift, gain = good.level(members, means=means)
         level[members] = (maps[members] - shift) * gain
-    parts = level.split([len(part) for part in scored.maps])
-    ranked = scored.scores
-    if method.levelling.scores:
-        ranked = [largest(part, inside) for part, inside in zip(parts, scored.inside, strict=True)]
-    scored.replace(zip(parts, ranked, strict=True))
+    others = []
+    for part, own in zip(parts, level.split([len(part.owners) for part in parts]), strict=True):
+        scores = largest(own, part.inside) if method.levelling.scores else part.scored[1]
+        others.append(_Part(part.owners, (own, scores), part.inside))
     by = "mean and spread" if means else "spread"
     line = (
         f"maps are levelled by the {by} of each place: {alignment.describe()}; "
         f"the place explains {good.explained():.0%} of what good images' maps vary by"
     )
-    return line if method.levelling.scores else f"{line}; image scores are not: {len(maps)} images are few, {ENOUGH} do"
+    few = f"{line}; image scores are not: {len(maps)} images are few, {ENOUGH} do"
+    return others, line if method.levelling.scores else few
 
 
 def folds(groups: Sequence[Any], count: int, seed: int) -> list[list[int]]:
