@@ -108,6 +108,9 @@ def test_a_levelled_detector_is_the_same_from_its_file_and_tells_why(tmp_path):
     assert detector.method == "gaussbank"
     assert detector.calibration_.mode == "loo"
     assert "the parts lie alike" in detector.training_["levelling"]
+    method = detector.method_  # keeps nothing of what only calibration needs
+    assert method.groups is method.bank.owners is method.deep_bank.owners is method.gaussians._shrunk is None
+    assert not method.bank.stand_ins
     detector.save(tmp_path / "m.safetensors")
     loaded = Detector.load(tmp_path / "m.safetensors")
     picture = next((tmp_path / "boards" / "test").rglob("*.png"))

@@ -170,6 +170,7 @@ def fit(
             if len(images) < 2:
                 raise FlawmapError(f"--drop-atypical {drop_atypical} leaves {len(images)} images: drop fewer")
             method, split, good = learning.learn(images)
+        method.forget()
         latents = None
         if kind.live and not split.reused:
             latents = Latents.of(method, data.of(method), good.images, recipe.device)

@@ -256,6 +256,10 @@ class Method(nn.Module):
         """
         return None
 
+    def forget(self) -> None:
+        """Drops what only `leave_one_out` needs; called when all is calibrated."""
+        self.groups = None
+
     def with_settings(self, config: Any) -> Method:
         """This method with other values of its `live` settings; all that does not depend on them is shared."""
         raise NotImplementedError

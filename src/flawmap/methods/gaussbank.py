@@ -24,7 +24,13 @@ from pydantic import Field
 from torch import Tensor
 
 from flawmap.backbones import Backbone
-from flawmap.methods.blocks.memory_bank import MemoryBankConfig, collect_banks, make_banks, resolved_levels
+from flawmap.methods.blocks.memory_bank import (
+    MemoryBankConfig,
+    collect_banks,
+    forget_owners,
+    make_banks,
+    resolved_levels,
+)
 from flawmap.methods.blocks.patches import resized
 from flawmap.methods.blocks.pooled_gaussians import PooledGaussians
 from flawmap.methods.blocks.smoothing import Enlarge, largest, scored_positions
@@ -85,6 +91,11 @@ class Gaussbank(Method):
         if squares is None or distances is None or (deep is None and self.deep_bank is not None):
             return None
         return self._summed(squares, distances, deep, inside)
+
+    def forget(self) -> None:
+        super().forget()
+        forget_owners(self.bank, self.deep_bank)
+        self.gaussians.forget()
 
     def _summed(
         self, squares: Tensor, distances: Tensor, deep: Tensor | None, inside: Tensor | None

@@ -31,7 +31,13 @@ from torch import Tensor
 
 from flawmap.backbones import Backbone
 from flawmap.errors import FlawmapError
-from flawmap.methods.blocks.memory_bank import MemoryBankConfig, collect_banks, make_banks, resolved_levels
+from flawmap.methods.blocks.memory_bank import (
+    MemoryBankConfig,
+    collect_banks,
+    forget_owners,
+    make_banks,
+    resolved_levels,
+)
 from flawmap.methods.blocks.patches import resized
 from flawmap.methods.blocks.smoothing import Enlarge, largest, on_grid, within
 from flawmap.methods.contract import Method, Stage
@@ -108,6 +114,10 @@ class PatchCore(Method):
             return distances[:, None], largest(distances[:, None], inside)
         deep = self.deep_bank.left_out(features, groups)
         return None if deep is None else self._mixed(distances, deep, inside)
+
+    def forget(self) -> None:
+        super().forget()
+        forget_owners(self.bank, self.deep_bank)
 
     def _mixed(self, distances: Tensor, deep: Tensor, inside: Tensor | None) -> tuple[Tensor, Tensor]:
         """Both banks' distances (B, h, w), each in its unit, with the map's shares and the image score's."""

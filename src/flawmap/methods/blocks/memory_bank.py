@@ -203,6 +203,13 @@ def make_banks(
     return MemoryBank(config, backbone, config.levels, size), deep
 
 
+def forget_owners(*banks: MemoryBank | None) -> None:
+    """Drops what `left_out` needs."""
+    for bank in banks:
+        if bank is not None:
+            bank.owners, bank.stand_ins = None, {}
+
+
 def collect_banks(banks: Sequence[MemoryBank | None], images: int, groups: Tensor | None) -> Collect:
     """One pass that fills the banks that there are; `groups` as `Method.groups`."""
     generator = torch.Generator().manual_seed(torch.initial_seed())

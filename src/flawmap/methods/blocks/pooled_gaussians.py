@@ -162,6 +162,10 @@ class PooledGaussians(PositionGaussians):
             found[:, some] = squares
         return found
 
+    def forget(self) -> None:
+        """Drops what `left_out` needs: as much as the Gaussians themselves, several times."""
+        self._pooled, self._last, self._shrunk, self._varied = [], None, None, None
+
     def _without(self, fold: int) -> Callable[[Tensor], Tensor]:
         """`whitened` with the target from which the images of a fold are left out."""
         assert self._shrunk is not None
