@@ -26,7 +26,16 @@ from flawmap.datasets import Dataset
 from flawmap.datasets.drawn import draw_dataset
 from flawmap.metrics import auroc
 
-FIGURES = ("image_auroc", "image_auroc_unseen", "pixel_auroc", "pixel_ap", "aupro", "escape_rate", "overkill_rate")
+FIGURES = (
+    "image_auroc",
+    "image_auroc_unseen",
+    "pixel_auroc",
+    "pixel_ap",
+    "aupro",
+    "escape_rate",
+    "escape_rate_oracle",
+    "overkill_rate",
+)
 
 
 def main() -> None:

@@ -149,7 +149,7 @@ def test_gaussbank_is_the_mahalanobis_distance_to_shrunk_covariances(trunk):
     new = drawn_features(1, seed=4)
     y = torch.cat([torch.nn.functional.interpolate(f.double(), size=(8, 8), mode="bilinear") for f in new], 1)
     y = y.flatten(2)[0].T.numpy()
-    found = method.score(new)[0].flatten().numpy()
+    found = (method.score(new)[0] * method.spreads[0]).flatten().numpy()
     for position in range(0, 64, 13):
         shrinkage = 1 - float(gaussians.share[position])
         covariance = (1 - shrinkage) * np.cov(x[position], rowvar=False) + shrinkage * pooled
@@ -190,6 +190,25 @@ def test_gaussbank_left_out_scores_lie_about_those_of_refits(trunk):
     known = method.score([f[chosen] for f in features])[0]
     assert float((found[chosen] / wanted).mean()) == pytest.approx(1, abs=0.05)
     assert float((known / wanted).mean()) < 0.9
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_gaussbanks_parts_have_the_spread_of_images_left_out(trunk, masked):
+    """One alone would otherwise outshout the others, by as much as its distances happen to be larger."""
+    features, groups, inside = drawn_features(24), torch.arange(24), None
+    if masked:
+        inside = torch.ones(24, 1, *SIZE)
+        inside[:, :, :, : SIZE[1] // 2] = 0
+    method = learnt("gaussbank", features, trunk, channels=32, level="none", deep_levels=LEVELS[-1:], inside=inside)
+    assert len(set(method.spreads.tolist())) == 3
+    for distances, spread in zip(method._left_out(features, inside, groups), method.spreads, strict=True):
+        held = distances if inside is None else distances[:, :, distances.shape[-1] // 2 :]
+        assert float(held.double().std(correction=0)) == pytest.approx(float(spread), rel=1e-5)
+
+
+def test_gaussbank_of_two_images_has_units_of_the_usual_size(trunk):
+    method = learnt("gaussbank", drawn_features(2), trunk, channels=8, deep_levels=LEVELS[-1:])
+    assert method.spreads.tolist() == [1, float(method.bank.unit), float(method.deep_bank.unit)]
 
 
 def test_groups_take_their_near_duplicates_with_them(trunk):

@@ -87,7 +87,7 @@ class PooledGaussians(PositionGaussians):
 
         return Collect("pooled covariance", update, close, peak_bytes=8 * first.numel() + 16 * squares.numel())
 
-    def covariances(self, groups: Tensor | None) -> Collect:
+    def covariances(self, groups: Tensor) -> Collect:
         """The second pass: each position's covariance, shrunk. `groups` (N,) as `Method.groups`."""
         moments = PositionMoments(*self.mean.shape)
         positions = len(self.mean)
@@ -104,41 +104,36 @@ class PooledGaussians(PositionGaussians):
             if scored is not None:
                 z = z * scored.T[..., None]
             fourth.add_(z.square().sum(2).square().sum(1))
-            if fold_of is not None:
-                of = fold_of[begun : begun + z.shape[1]]
-                for fold in of.unique().tolist():
-                    some = z[:, of == fold].flatten(0, 1)
-                    own[fold] += some.T @ some
-                    counts[fold] += len(some) if scored is None else float(scored[of == fold].sum())
+            of = fold_of[begun : begun + z.shape[1]]
+            for fold in of.unique().tolist():
+                some = z[:, of == fold].flatten(0, 1)
+                own[fold] += some.T @ some
+                counts[fold] += len(some) if scored is None else float(scored[of == fold].sum())
             begun += z.shape[1]
             moments.update(z, None if scored is None else scored.T)
 
         def close(progress: Callable[[int, int], None]) -> None:
             self.reserve()
             identity = torch.eye(self.width, dtype=torch.float64, device=self.mean.device)
-            kept = None if fold_of is None else self.mean.new_empty(positions, self.width, self.width)
+            kept = self.mean.new_empty(positions, self.width, self.width)
             for at, covariance in moments.covariances():  # (p, C, C)
                 n = moments.count[at].double().clamp_min(2)
                 shrinkage = _shrinkage(covariance, n, fourth[at])[:, None, None]
                 self.share[at] = 1 - shrinkage[:, 0, 0].float()
                 shrunk = (1 - shrinkage) * covariance + shrinkage * identity
                 self.keep(at, whitening_of(shrunk))
-                if kept is not None:
-                    kept[at] = shrunk.float()
+                kept[at] = shrunk.float()
                 progress(at.stop, positions)
-            self._shrunk, self._varied, self._pooled = kept, None, []
-            if fold_of is not None:
-                # Their deviations are from the mean of all images, which takes a degree of freedom from each position.
-                degrees = (counts.sum() - counts) * (1 - positions / counts.sum()).clamp_min(1e-3)
-                ridge = identity - own.sum(0) / (counts.sum() - positions).clamp_min(1)
-                self._pooled = [(own.sum(0) - own[i]) / degrees[i].clamp_min(1) + ridge for i in range(_FOLDS)]
+            # Their deviations are from the mean of all images, which takes a degree of freedom from each position.
+            degrees = (counts.sum() - counts) * (1 - positions / counts.sum()).clamp_min(1e-3)
+            ridge = identity - own.sum(0) / (counts.sum() - positions).clamp_min(1)
+            self._pooled = [(own.sum(0) - own[i]) / degrees[i].clamp_min(1) + ridge for i in range(_FOLDS)]
+            self._shrunk, self._varied = kept, None
 
         return Collect("Gaussians", update, close, peak_bytes=moments.peak_bytes)
 
-    def _folds(self, groups: Tensor | None) -> Tensor | None:
+    def _folds(self, groups: Tensor) -> Tensor:
         """The fold (N,) of each input: groups in the order of their numbers, a fifth of them each."""
-        if groups is None:
-            return None
         numbers = groups.unique()
         at = torch.arange(1, _FOLDS) * len(numbers) // _FOLDS
         self._last = numbers[(at - 1).clamp_min(0)]
