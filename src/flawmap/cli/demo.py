@@ -18,11 +18,12 @@ _MARK = ".flawmap-demo"
 def demo_command(output: Path) -> None:
     """Draw a data set of circuit boards, train on it, evaluate, and inspect its test images."""
     from flawmap.cli.evaluate import report_table, write_report
-    from flawmap.cli.inspect import draw, make_folder
+    from flawmap.cli.inspect import Shown, find_parts
     from flawmap.cli.progress import ProgressLines, quiet_libraries
     from flawmap.datasets import find_dataset
     from flawmap.datasets.drawn import draw_dataset
     from flawmap.errors import FlawmapError
+    from flawmap.report.drawings import make_folder
 
     quiet_libraries()
     start = time.monotonic()
@@ -55,8 +56,10 @@ def demo_command(output: Path) -> None:
     click.echo(f"wrote {page}")
 
     click.echo(f"\n$ flawmap inspect {model} {data / 'test'} -o {heatmaps}")
-    paths = [sample.path for sample in dataset.test]
-    for path, inspection in zip(paths, detector.stream(paths), strict=True):
-        draw(heatmaps / path.relative_to(data / "test"), path, inspection, detector.heat_scale())
-    click.echo(f"wrote {len(paths)} heatmaps to {heatmaps}")
+    parts = find_parts([data / "test"], heatmaps)
+    shown = Shown(heatmaps, model, detector.inspector(), parts, caption=False)
+    for number, inspection in enumerate(detector.inspector().stream((path for path, _ in parts), keep_pixels=True)):
+        shown.draw(number, inspection)
+    shown.close(finished=True)
+    click.echo(f"wrote {len(parts)} heatmaps to {heatmaps}, and {heatmaps / 'index.html'} that shows them")
     click.echo(f"\ndone in {time.monotonic() - start:.0f} s")

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-from collections.abc import Iterable
-from datetime import datetime, timezone
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from flawmap.cli.verdict_lines import VerdictLines
+from flawmap.report.wording import printable
+
 if TYPE_CHECKING:
     from flawmap.judging.inspection import Inspection
-    from flawmap.report.overlays import HeatScale
-
-SCHEMA = 1
-"""Of a JSON line: it grows by further keys, and is counted up where one changes its meaning or goes."""
-
-_COLUMNS = ("path", "verdict", "score", "p_value", "threshold", "regions", "milliseconds", "error")
+    from flawmap.line import Inspector
+    from flawmap.report.inspection_page import Inspected
 
 
 @click.command("inspect")
@@ -43,6 +39,7 @@ _COLUMNS = ("path", "verdict", "score", "p_value", "threshold", "regions", "mill
     metavar="KEY=VALUE",
     help="Move a setting that training leaves open; repeatable.",
 )
+@click.option("--caption", is_flag=True, help="Write verdict and score into the heatmaps.")
 @click.option("--coco", type=click.Path(path_type=Path, dir_okay=False), help="Write the regions as a COCO file.")
 @click.option(
     "--fail-on-defect", is_flag=True, help="Exit with 4 when a defect was found, else with 3 when one is unsure."
@@ -61,6 +58,7 @@ def inspect_command(
     tail: bool,
     unsure: bool,
     settings: tuple[str, ...],
+    caption: bool,
     coco: Path | None,
     fail_on_defect: bool,
     strict: bool,
@@ -69,7 +67,8 @@ def inspect_command(
 ) -> int:
     """Inspect image files and folders with a trained MODEL, .safetensors or .onnx.
 
-    With -o, each image gets a heatmap <name>_overlay.png and a 16-bit map <name>_map.png, below the same folders.
+    With -o, each image gets a heatmap <name>_overlay.png and a 16-bit map <name>_map.png, below the same folders, and
+    index.html shows them all, worst first. A verdict is printed when all that belongs to it is written.
     """
     from flawmap.cli.options import check_output, parse_settings
     from flawmap.cli.progress import quiet_libraries
@@ -85,20 +84,8 @@ def inspect_command(
     if coco is not None:
         check_output(coco)
     from flawmap.errors import FlawmapError
-    from flawmap.imaging.image_files import find_images
 
-    found: list[tuple[Path, Path]] = []  # each image with its name below the output folder
-    for source in sources:
-        below = [(path, path.relative_to(source)) for path in find_images(source)] if source.is_dir() else []
-        if source.is_dir() and not below:
-            raise FlawmapError(f"{source} holds no images: give a folder or files of JPEG, PNG, BMP, TIFF or WebP")
-        found += below or [(source, Path(source.name))]
-    taken: dict[Path, Path] = {}
-    for path, name in found:
-        if output is not None and taken.setdefault(name, path) != path:
-            raise FlawmapError(
-                f"{taken[name]} and {path} would get the same heatmap {name}: inspect them one after the other"
-            )
+    found = find_parts(sources, output)
     if not any(path.exists() for path, _ in found):
         raise FlawmapError(f"{found[0][0]} does not exist: check the path")
 
@@ -113,103 +100,149 @@ def inspect_command(
         rate = inspector.judge.max_false_reject if max_false_reject is None else max_false_reject
         inspector = inspector.with_threshold(max_false_reject=rate, guarantee=guarantee, tail=tail, unsure=unsure)
     assert inspector.judge.threshold is not None
-    write = _Writer(form, max(len(str(path)) for path, _ in found), inspector.digest)
+    write = VerdictLines(form, max(len(printable(path)) for path, _ in found), inspector.digest)
     click.echo(inspector.judge.describe(), err=True)
     if not inspector.card.localises and (output is not None or coco is not None):
-        method = inspector.card.method
-        click.echo(f"flawmap: {method} says nothing of where a flaw is: no heatmaps and regions", err=True)
-        output = None
-    if output is not None:
-        make_folder(output)
+        click.echo(
+            f"flawmap: {inspector.card.method} says nothing of where a flaw is: no heatmaps and regions", err=True
+        )
+    shown = None if output is None else Shown(output, model, inspector, found, caption)
     counts = {"good": 0, "defect": 0, "unsure": 0, "error": 0}
-    unjudged: list[Inspection] = []
+    troubles: list[str] = []
+    unwritten = overruled = 0
     kept: list[Inspection] = []
-    for (path, name), inspection in zip(found, inspector.stream(path for path, _ in found), strict=True):
-        assert inspection.verdict is not None
-        counts[inspection.verdict] += 1
-        if inspection.verdict == "error":
-            if strict:
-                raise FlawmapError(str(inspection.error))
-            unjudged.append(inspection)
-        write(inspection)
-        if output is not None and inspection.verdict != "error":
-            draw(output / name, path, inspection, inspector.heat_scale())
-        if coco is not None:
-            kept.append(inspection.without_map())
+    inspections = inspector.stream((path for path, _ in found), keep_pixels=shown is not None)
+    try:
+        for number, inspection in enumerate(inspections):
+            assert inspection.verdict is not None
+            if inspection.verdict == "error":
+                if strict:
+                    raise FlawmapError(str(inspection.error))
+                troubles.append(str(inspection.error))
+            counts[inspection.verdict] += 1
+            overruled += inspection.overruled
+            if shown is not None:
+                try:
+                    shown.draw(number, inspection)
+                except FlawmapError as error:
+                    troubles.append(str(error))
+                    unwritten += 1
+            if coco is not None:
+                kept.append(inspection.without_map())
+            write(inspection)
+            if write.closed and shown is None and coco is None and not fail_on_defect:
+                return 0  # nobody reads on, and nothing else was asked for
+    finally:
+        if shown is not None:
+            shown.close(finished=sum(counts.values()) == len(found))
     if coco is not None:
         from flawmap.files import replacing
         from flawmap.report.overlays import coco as as_coco
 
         with replacing(coco) as file:
-            file.write(json.dumps(as_coco(kept)).encode())
+            file.write(json.dumps(as_coco(kept), allow_nan=False).encode())
+    if overruled:
+        some = (
+            "1 image is called good though a region of it"
+            if overruled == 1
+            else (f"{overruled} images are called good though a region of each")
+        )
+        click.echo(f"{some} reaches the map's own threshold: a verdict goes by the image's score", err=True)
     between = f"{counts['unsure']} unsure, " if inspector.judge.unsure else ""
     click.echo(f"{counts['good']} good, {counts['defect']} defect, {between}{counts['error']} not judged", err=True)
-    for inspection in unjudged:
-        click.echo(f"flawmap: {inspection.error}", err=True)
-    if len(unjudged) == len(found):
+    for trouble in troubles:
+        click.echo(f"flawmap: {printable(trouble)}", err=True)
+    return exit_code(
+        len(found), counts["defect"], counts["unsure"], counts["error"], unwritten, fail_on_defect=fail_on_defect
+    )
+
+
+def exit_code(images: int, defects: int, unsure: int, unjudged: int, unwritten: int, *, fail_on_defect: bool) -> int:
+    """What a run ends with: 2 nothing could be judged, 4 defects if that is to fail, 3 some trouble, else 0.
+
+    Trouble is an image that could not be judged, drawings that could not be written, and, where defects are to fail, an
+    image that is unsure.
+    """
+    if unjudged == images:
         return 2
-    if unjudged:
-        return 3
-    if fail_on_defect and counts["defect"]:
+    if fail_on_defect and defects:
         return 4
-    return 3 if fail_on_defect and counts["unsure"] else 0
+    return 3 if unjudged or unwritten or (fail_on_defect and unsure) else 0
 
 
-class _Writer:
-    """Prints one inspection at a time, so that a long run can be followed and piped."""
+def find_parts(sources: Sequence[Path], output: Path | None) -> list[tuple[Path, Path]]:
+    """The images to inspect, each with its path below the source that it was found in.
 
-    def __init__(self, form: str, width: int, model: str | None) -> None:
-        self.form, self.width, self.model = form, width, model
-        if form == "csv":
-            self._row(_COLUMNS)
-        elif form == "table":
-            click.echo(f"{'image':<{width}}  verdict      score  p-value  regions")
-
-    def __call__(self, inspection: Inspection) -> None:
-        values = inspection.to_json()
-        if self.form == "jsonl":
-            judged = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-            click.echo(json.dumps({"schema": SCHEMA, "time": judged, "model": self.model, **values}))
-        elif self.form == "csv":
-            values["regions"] = len(values["regions"])
-            self._row(["" if values[column] is None else values[column] for column in _COLUMNS])
-        elif inspection.score is None:
-            click.echo(f"{values['path']:<{self.width}}  {'error':<7}")
-        else:
-            click.echo(
-                f"{values['path']:<{self.width}}  {inspection.verdict:<7}  {inspection.score:9.4g}  "
-                f"{inspection.p_value:7.4f}  {len(inspection.regions):7d}"
-            )
-
-    def _row(self, values: Iterable[object]) -> None:
-        line = io.StringIO()
-        csv.writer(line, lineterminator="").writerow(values)
-        click.echo(line.getvalue())
-
-
-def draw(target: Path, path: Path, inspection: Inspection, scale: HeatScale | None) -> None:
-    """Writes <target>_overlay.png and <target>_map.png of one inspected image; nothing for a method without maps."""
-    from flawmap.imaging.decoding import read_image
-    from flawmap.report.overlays import write_map, write_overlay
-
-    if scale is None:
-        return
-    make_folder(target.parent)
-    # The suffix stays in the name: a.png and a.jpg may lie side by side.
-    stem = target.name.replace(".", "_")
-    write_overlay(target.with_name(f"{stem}_overlay.png"), read_image(path), inspection, scale)
-    write_map(target.with_name(f"{stem}_map.png"), inspection, scale)
-
-
-def make_folder(folder: Path) -> None:
-    """Makes a folder and those above it.
+    What lies below the output folder and what flawmap itself wrote is left out, which is said.
 
     Raises:
-        FlawmapError: it cannot be made.
+        FlawmapError: a folder holds no images.
     """
-    from flawmap.files import unwritable
+    from flawmap.errors import FlawmapError
+    from flawmap.imaging.image_files import find_images
+    from flawmap.imaging.own_files import is_own
 
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise unwritable(folder, error) from error
+    found: list[tuple[Path, Path]] = []
+    below = None if output is None else output.resolve()
+    own = 0
+    for source in sources:
+        if not source.is_dir():
+            found.append((source, Path(source.name)))
+            continue
+        inside = below is not None and below.is_relative_to(source.resolve()) and below != source.resolve()
+        parts = []
+        for path in find_images(source):
+            if is_own(path) or (inside and below is not None and path.resolve().is_relative_to(below)):
+                own += 1
+            else:
+                parts.append((path, path.relative_to(source)))
+        if not parts:
+            raise FlawmapError(f"{source} holds no images: give a folder or files of JPEG, PNG, BMP, TIFF or WebP")
+        found += parts
+    if own:
+        files = "1 file is" if own == 1 else f"{own} files are"
+        click.echo(f"{files} left out: flawmap wrote them, or they lie in the output folder", err=True)
+    return found
+
+
+class Shown:
+    """What -o asks for: the drawings of each image, and the page that shows them."""
+
+    def __init__(
+        self, folder: Path, model: Path, inspector: Inspector, found: Sequence[tuple[Path, Path]], caption: bool
+    ) -> None:
+        from flawmap.report.drawings import drawing_names, make_folder
+        from flawmap.report.inspection_page import check_index
+
+        make_folder(folder)
+        check_index(folder)
+        self.folder, self.model, self.inspector, self.caption = folder, model, inspector, caption
+        self.found, self.names = found, drawing_names(found)
+        self.scale = inspector.heat_scale()
+        self.items: list[Inspected] = []
+
+    def draw(self, number: int, inspection: Inspection) -> None:
+        """Raises FlawmapError where it cannot be written."""
+        from flawmap.report.drawings import write_drawings
+        from flawmap.report.inspection_page import inspected
+
+        name = self.names[number]
+        try:
+            write_drawings(self.folder, name, inspection, self.scale, caption=self.caption)
+        finally:
+            self.items.append(inspected(self.folder, self.found[number][1], name, inspection))
+
+    def close(self, *, finished: bool) -> None:
+        """Writes the page of what was inspected, also of a run that was broken off."""
+        from flawmap.report.inspection_page import write_index
+        from flawmap.report.page import legend
+
+        write_index(
+            self.folder,
+            self.items,
+            model=self.model.name,
+            digest=self.inspector.digest,
+            describe=self.inspector.judge.describe(),
+            legend=legend(self.scale, self.inspector.judge.pixel_threshold),
+            finished=finished,
+        )

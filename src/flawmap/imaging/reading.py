@@ -36,6 +36,7 @@ class Picture:
         statistics: of the capture, see `flawmap.imaging.captures`.
         fingerprint: of the whole image, see `flawmap.imaging.fingerprints`; where asked for.
         error: why it could not be read.
+        pixels: as they were read; where asked for.
         milliseconds: from its pixels to its windows.
     """
 
@@ -44,6 +45,7 @@ class Picture:
     statistics: NDArray[np.float64] | None = None
     fingerprint: NDArray[np.float32] | None = None
     error: ImageError | None = None
+    pixels: NDArray[Any] | None = None
     milliseconds: float = 0.0
 
     @property
@@ -68,10 +70,15 @@ class Batch:
 
 
 def read_batches(
-    sources: Iterable[Source], prepare: Preparation, *, size: int = BATCH, fingerprints: bool = False
+    sources: Iterable[Source],
+    prepare: Preparation,
+    *,
+    size: int = BATCH,
+    fingerprints: bool = False,
+    keep_pixels: bool = False,
 ) -> Iterator[Batch]:
     """Reads images in a thread of its own, two batches ahead. One that cannot be read has an error and no windows."""
-    batches = pack(sources, prepare, size=size, fingerprints=fingerprints)
+    batches = pack(sources, prepare, size=size, fingerprints=fingerprints, keep_pixels=keep_pixels)
     with ThreadPoolExecutor(1) as pool:
         ahead = [pool.submit(next, batches, None) for _ in range(2)]
         try:
@@ -84,7 +91,12 @@ def read_batches(
 
 
 def pack(
-    sources: Iterable[Source], prepare: Preparation, *, size: int = BATCH, fingerprints: bool = False
+    sources: Iterable[Source],
+    prepare: Preparation,
+    *,
+    size: int = BATCH,
+    fingerprints: bool = False,
+    keep_pixels: bool = False,
 ) -> Iterator[Batch]:
     """As `read_batches`, but each batch is read when it is asked for."""
     batch, filled = _empty(prepare, size), 0
@@ -114,7 +126,8 @@ def pack(
                 batch.inside[filled, 0] = inside[i]
             filled += 1
         taken = 1000 * (time.perf_counter() - start - away)
-        batch.pictures.append(Picture(path, placement, statistics, identifying, milliseconds=taken))
+        kept = pixels if keep_pixels else None
+        batch.pictures.append(Picture(path, placement, statistics, identifying, pixels=kept, milliseconds=taken))
     batch.inputs = batch.inputs[:filled]
     batch.inside = None if batch.inside is None else batch.inside[:filled]
     if batch.pictures or filled:

@@ -31,6 +31,12 @@ class Region:
     peak: float
     mask: NDArray[np.bool_] = field(repr=False)
 
+    @property
+    def rows_and_columns(self) -> tuple[slice, slice]:
+        """The box as an index into arrays of the image's size."""
+        left, top, right, bottom = self.box
+        return slice(top, bottom), slice(left, right)
+
 
 @dataclass(frozen=True)
 class Inspection:
@@ -47,9 +53,11 @@ class Inspection:
         size: (height, width) of the original.
         milliseconds: from pixels to verdict, this image's share of its batch.
         error: one line, with verdict "error".
+        refused: why the capture check refuses the image, without its name; None where it does not.
         maps: (T, h, w) float32, of each window at the model's input size; None where there are none.
         placement: the windows.
         unsure_between: (low, high), scores from low to below high are unsure; None where that was not asked for.
+        pixels: those that were judged, (H, W) or (H, W, 3), uint8 or uint16; None where they were not asked for.
     """
 
     path: Path | None
@@ -61,9 +69,11 @@ class Inspection:
     size: tuple[int, int] | None = None
     milliseconds: float = 0.0
     error: str | None = None
+    refused: str | None = None
     maps: NDArray[np.float32] | None = field(default=None, repr=False)
     placement: Placement | None = field(default=None, repr=False)
     unsure_between: tuple[float, float] | None = None
+    pixels: NDArray[Any] | None = field(default=None, repr=False)
 
     @cached_property
     def anomaly_map(self) -> NDArray[np.float32] | None:
@@ -78,9 +88,17 @@ class Inspection:
         assert self.anomaly_map is not None
         return find_regions(self.anomaly_map, self.pixel_threshold)
 
+    @property
+    def overruled(self) -> bool:
+        """Whether a region reaches the pixel threshold in an image that is called good.
+
+        The two thresholds are taken from good images apart, each for its own rate, and the verdict is the score's.
+        """
+        return self.verdict == "good" and bool(self.regions)
+
     def without_map(self) -> Inspection:
-        """The same, with its regions but without the map, for keeping many."""
-        regions, light = self.regions, replace(self, maps=None)
+        """The same, with its regions but without map and pixels, for keeping many."""
+        regions, light = self.regions, replace(self, maps=None, pixels=None)
         light.__dict__["regions"] = regions
         return light
 

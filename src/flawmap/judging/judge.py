@@ -132,7 +132,10 @@ class Judge:
         maps: NDArray[np.float32] | None,
         placement: Placement,
         milliseconds: float,
-        unjudgeable: str | None = None,
+        refused: str | None = None,
+        *,
+        checked: bool = True,
+        pixels: NDArray[Any] | None = None,
     ) -> Inspection:
         """The verdict on an image from what came of its T windows: the highest score counts.
 
@@ -142,14 +145,20 @@ class Judge:
             maps: (T, h, w) float32; None for methods without a map.
             placement: the windows.
             milliseconds: what it took.
-            unjudgeable: why the capture cannot be judged, if so.
+            refused: why the capture check refuses it, if so.
+            checked: whether that means that it is not judged.
+            pixels: of the image, for whoever wants to show what was judged.
         """
         score = float(np.max(scores))
+        reason = refused if checked else None
         if not np.isfinite(score) or (maps is not None and not bool(np.isfinite(maps).all())):
-            unjudgeable = "its score is not a finite number"
-        if unjudgeable is not None:
-            return Inspection(path, "error", size=placement.size, error=f"{path or 'the array'}: {unjudgeable}")
+            reason = "its score is not a finite number"
+        if reason is not None:
+            told = f"{path or 'the array'}: {reason}"
+            return Inspection(path, "error", size=placement.size, error=told, refused=refused, pixels=pixels)
         known: dict[str, Any] = {
+            "refused": refused,
+            "pixels": pixels,
             "score": score,
             "size": placement.size,
             "milliseconds": milliseconds,

@@ -44,6 +44,7 @@ class Inspector:
             the method has none, scores (B,) and embeddings (B, M).
         judge: threshold, pixel threshold, and the scores of good images that they come from.
         digest: of the model file, in hexadecimal; None where there is none yet.
+        capture_check: whether captures unlike those learnt from are refused: verdict "error".
 
     Example:
         >>> from flawmap.line import Inspector
@@ -60,6 +61,7 @@ class Inspector:
         self.engine = engine
         self.judge = judge
         self.digest = digest
+        self.capture_check = True
         self._mover = mover
         self._warm: set[int] = set()  # batch sizes that the engine has made its kernels for
         self._warming = threading.Lock()
@@ -125,6 +127,7 @@ class Inspector:
                 f"{self.card.method} has no setting that can be moved after training: train again with --set"
             )
         moved = copy(self._mover(settings, calibrate))
+        moved.capture_check = self.capture_check
         rate, guarantee, unsure = self.judge.max_false_reject, self.judge.guarantee, self.judge.unsure
         found = moved.judge.calibration
         if found is None:
@@ -132,6 +135,12 @@ class Inspector:
         else:
             moved.judge = Judge.of(found, rate, guarantee, unsure=unsure)
         return moved
+
+    def without_capture_check(self) -> Inspector:
+        """The same inspector, which judges every capture; `Inspection.refused` still tells which it doubts."""
+        other = copy(self)
+        other.capture_check = False
+        return other
 
     def heat_scale(self) -> HeatScale | None:
         """What heatmap colours mean, from good images alone; None for methods without a map, or before calibration."""
@@ -188,13 +197,16 @@ class Inspector:
         """
         return list(self._inspected([as_pixels(array) for array in arrays]))
 
-    def stream(self, sources: Iterable[str | Path | NDArray[Any]]) -> Iterator[Inspection]:
+    def stream(
+        self, sources: Iterable[str | Path | NDArray[Any]], *, keep_pixels: bool = False
+    ) -> Iterator[Inspection]:
         """Inspects images (files, arrays) one batch after the other, reading ahead, in bounded memory.
 
-        What cannot be read, or is no image, gets the verdict "error".
+        What cannot be read, or is no image, gets the verdict "error". With `keep_pixels` each inspection has the pixels
+        that were judged: a file may be another when it is read again.
         """
         images = (source if isinstance(source, np.ndarray) else Path(source) for source in sources)
-        return self._judged(self._ahead(read_batches(images, self.card.preparation)))
+        return self._judged(self._ahead(read_batches(images, self.card.preparation, keep_pixels=keep_pixels)))
 
     def warm_up(self) -> None:
         """Lets the engine make ready for single images and for full batches, so that the first image does not wait."""
@@ -263,7 +275,16 @@ class Inspector:
         taken = picture.milliseconds + sum(output.milliseconds for output in outputs)
         taken += 1000 * (time.perf_counter() - start)
         scores = [output.score for output in outputs]
-        return self.judge.judge(picture.path, scores, maps, picture.placement, taken, reason)
+        return self.judge.judge(
+            picture.path,
+            scores,
+            maps,
+            picture.placement,
+            taken,
+            reason,
+            checked=self.capture_check,
+            pixels=picture.pixels,
+        )
 
 
 def read_card(path: Path) -> tuple[ModelCard, dict[str, Any]]:

@@ -20,6 +20,7 @@ from flawmap.report.overlays import HeatScale, as_rgb, overlay
 _SIDE = 360  # pixels, of a picture's longest side
 _QUALITY = 85  # of JPEG
 TRUTH = (255, 0, 200)  # the outline of the ground truth
+_BETWEEN = 6  # pixels between two pictures side by side
 _GAP, _WIDTH = 1, 2  # pixels between a defect and its outline, and of the outline
 
 
@@ -63,6 +64,14 @@ def picture_uris(picture: Picture | None) -> tuple[str | None, str | None]:
         original = _outlined(original, _shrunk_mask(picture.mask, original.shape[:2]))
     heat = None if picture.overlay is None else jpeg_uri(Image.fromarray(_shrunk(picture.overlay)))
     return jpeg_uri(Image.fromarray(original)), heat
+
+
+def side_by_side(picture: Picture) -> NDArray[np.uint8]:
+    """Original and overlay in one picture, (H, 2 W + a gap, 3); the original alone where there is no overlay."""
+    if picture.overlay is None:
+        return picture.original
+    gap = np.full((len(picture.original), _BETWEEN, 3), 255, np.uint8)
+    return np.concatenate([picture.original, gap, picture.overlay], axis=1)
 
 
 def file_uri(path: Path) -> str | None:

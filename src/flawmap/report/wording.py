@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from flawmap.judging.calibration import Threshold
+if TYPE_CHECKING:
+    from flawmap.judging.calibration import Threshold
 
 _FACTS = {
     "data": "Data set",
@@ -106,6 +107,11 @@ def promise(threshold: Threshold) -> dict[str, list[str]]:
     if threshold.guarantee == "none":
         does_not.insert(0, "A threshold chosen by hand comes without any promise.")
     return {"means": means, "does_not": does_not}
+
+
+def printable(text: object) -> str:
+    """Text such as a file's name, with control characters as escapes: none of it may steer a terminal or end a line."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(text))
 
 
 def short_path(path: Path) -> str:
