@@ -25,8 +25,8 @@ class Tuning:
     Attributes:
         points: what was tried.
         values: (P,) the criterion at each, in 0..1: see `criterion.Criterion`.
-        interval: 95 % bootstrap interval, over good images, of the chosen point's lead over the point before tuning.
-        confidence: share of the resamples in which the chosen point is the best.
+        interval: 95 % bootstrap interval, over good images, of the best point's lead over the point before tuning.
+        confidence: share of the resamples in which the best point is the best.
         images, defects: how many good images it was chosen on, and the defects made from them.
         before: the point that was set before.
         oracle: what each point reaches on labelled test images, where that was asked for. It served no choice.
@@ -42,8 +42,14 @@ class Tuning:
     oracle: OracleGrid | None = None
 
     @property
-    def chosen(self) -> Point:
+    def best(self) -> Point:
+        """The point with the highest criterion."""
         return self.points[int(self.values.argmax())]
+
+    @property
+    def chosen(self) -> Point:
+        """The best point, where the whole interval of its lead is above 0; else the point before tuning."""
+        return self.best if self.interval[0] > 0 else self.before
 
     def kept(self, figure: str) -> float | None:
         """The share of what an oracle would gain over the point before tuning that the choice gains, at most 1.
@@ -68,11 +74,21 @@ class Tuning:
         """Some lines for the terminal."""
         best, before = int(self.values.argmax()), self.points.index(self.before)
         lead = self.values[best] - self.values[before]
+        found = (
+            f"tried on {self.defects} synthetic defects in {self.images} good images: {in_words(self.best)} best in "
+        )
+        if self.chosen != self.best:
+            verdict = f"the settings stay at {in_words(self.before)}: the lead may be nothing, its interval holds 0"
+        elif self.best == self.before:
+            verdict = "the settings stay as they were: nothing that was tried is better"
+        else:
+            verdict = f"chosen {in_words(self.chosen)}"
         lines = [
-            f"chosen {in_words(self.chosen)} on {self.defects} synthetic defects in {self.images} good images, best in "
+            f"tried on {self.defects} synthetic defects in {self.images} good images: {in_words(self.best)}, best in "
             f"{self.confidence:.0%} of bootstrap resamples",
             f"criterion {self.values[best]:.3f}, before ({in_words(self.before)}) {self.values[before]:.3f}: "
             f"{lead:+.3f} [{self.interval[0]:+.3f}, {self.interval[1]:+.3f}]",
+            verdict,
         ]
         lines += self._table()
         if self.oracle is not None:

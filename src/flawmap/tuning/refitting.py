@@ -110,7 +110,7 @@ def tune_fit(
     figures = [found for one in measured for found in one.figures]
     compared = Compared(points, values, seen, measured[0].labels)
     tuning = compared.tuning(points[0], given.seed, OracleGrid(points, figures) if oracle else None)
-    candidate, live = list(product(candidates, moved))[int(tuning.values.argmax())]
+    candidate, live = list(product(candidates, moved))[points.index(tuning.chosen)]
     detector = Detector(**{**candidate.options, **live}).fit(
         [path for path in paths if path not in parts.left],
         strict=strict,
