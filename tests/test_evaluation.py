@@ -42,6 +42,7 @@ def test_the_keys_are_those_of_the_design():
     values = evaluate(scored(), {"method": "toy", "seed": 3}).to_json()
     assert set(values) == {
         *KEYS, *(f"{key}_interval" for key in KEYS), "images", "errors", "unsure", "without_mask",
+        "refused_good", "refused_defective", "caught_with_mask", "caught_on_defect",
         "milliseconds_per_image", "method", "seed",
     }  # fmt: skip
     json.dumps(values, allow_nan=False)
@@ -131,6 +132,9 @@ def test_what_could_not_be_judged_is_counted_apart():
         "images": 40,
         "rejected": report.kinds["good"]["rejected"],
         "unsure": 0,
+        "refused": 0,
+        "located": 0,
+        "on_defect": 0,
         "errors": 1,
     }
     nothing = evaluate([broken])
@@ -138,10 +142,45 @@ def test_what_could_not_be_judged_is_counted_apart():
     assert all(value is None for value in nothing.figures.values())
 
 
+def test_a_refused_image_counts_by_its_score_and_is_called_neither():
+    """Left out, a good image that looks like no other would flatter the AUROC, and a defective one the escape rate."""
+    images = list(scored())
+    refused = [
+        replace(image, verdict="error", error=f"{i}.png: blurred") for i, image in enumerate(images) if i % 7 < 2
+    ]
+    mixed = [*(image for i, image in enumerate(images) if i % 7 >= 2), *refused]
+    report, all_judged = evaluate(mixed), evaluate(images)
+    for name in ("image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "aupro"):
+        assert report.figures[name] == pytest.approx(all_judged.figures[name], rel=1e-6), name
+    defects = [image for image in mixed if image.defective]
+    good = [image for image in mixed if not image.defective]
+    assert report.escape_rate == sum(image.verdict == "good" for image in defects) / 20
+    assert report.overkill_rate == sum(image.verdict == "defect" for image in good) / 40
+    assert report.errors == len(refused) == report.counted("refused")
+    values = report.to_json()
+    assert values["refused_good"] == sum(not image.defective for image in refused) > 0
+    assert values["refused_defective"] == sum(image.defective for image in refused) > 0
+    assert values["errors"] == len(refused)
+    assert values["images"] == 60
+
+
+def test_rejects_in_the_wrong_place_are_counted():
+    found = [True, False, None, True, False]
+    images = [
+        replace(image, verdict=verdict, on_defect=on_defect)
+        for image, on_defect in zip((image for image in scored() if image.defective), found, strict=False)
+        for verdict in ("defect", "good")
+    ]
+    report = evaluate(images)
+    assert report.kinds["scratch"]["located"] == 4
+    assert report.kinds["scratch"]["on_defect"] == 2
+    assert (report.to_json()["caught_with_mask"], report.to_json()["caught_on_defect"]) == (4, 2)
+
+
 def test_every_image_is_kept_without_its_pixels():
     broken = Scored("good", False, None, "error", None, None, 0.0, "x.png: broken", Path("x.png"))
     image = next(iter(scored()))
-    image = Scored(*list(vars(image).values())[:-3], path=Path("a/000.png"), p_value=0.25)
+    image = replace(image, path=Path("a/000.png"), p_value=0.25)
     first, second = evaluate([image, broken]).results
     assert (first.path, first.kind, first.defective, first.p_value) == (Path("a/000.png"), "scratch", True, 0.25)
     assert (first.score, first.verdict, first.error) == (image.score, image.verdict, None)

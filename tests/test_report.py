@@ -228,6 +228,37 @@ def test_test_images_unlike_the_calibration_are_pointed_out(parsed, out):
     assert "They are not like the calibration images" in page(out, drifted, maps=False)["promise"]
 
 
+def test_defects_caught_in_the_wrong_place_come_first_and_are_called_so(out):
+    def placed(image):
+        return replace(image, on_defect=image.score > 2.5) if image.defective and image.verdict == "defect" else image
+
+    report = evaluate(map(placed, images()), SETTINGS)
+    parsed = page(out, report, each=3, pictures={i: picture() for i in worth_showing(report, 3)})
+    elsewhere = sorted((-r.score, r.path) for r in report.results if r.on_defect is False)
+    assert len(elsewhere) >= 3
+    assert captions(parsed, "hits") == ["/".join(path.parts[-2:]) for _, path in elsewhere[:3]]
+    assert parsed["hits"].count("caught in the wrong place") == 3
+    right, caught = report.counted("on_defect"), report.counted("located")
+    assert f"{right} of {caught} in the right place" in parsed["hits"]
+    column = parsed.rows("kinds")[0].index("On the defect")
+    for row in parsed.rows("kinds")[1:-1]:
+        counts = report.kinds[row[0]]
+        assert row[column] == f"{counts['on_defect']} of {counts['located']}"
+
+
+def test_refused_images_have_a_column_where_there_are_any(out):
+    def refused(image):
+        return replace(image, verdict="error", error="blurred") if (image.score or 0) > 2.8 else image
+
+    report = evaluate(map(refused, images()), SETTINGS)
+    parsed = page(out, report)
+    column = parsed.rows("kinds")[0].index("Refused")
+    for row in parsed.rows("kinds")[1:]:
+        assert int(row[column]) == report.kinds[row[0]]["refused"]
+    assert report.counted("refused") > 1
+    assert "have a score, which counts above" in parsed["unjudged"]
+
+
 def test_each_kind_has_its_row_and_the_worst_comes_first(report, parsed):
     head, *rows = parsed.rows("kinds")
     assert head == ["Kind", "Images", "Rejected", "Escaped", "Not judged", "Right verdicts", "Image AUROC"]
@@ -258,10 +289,13 @@ def test_the_worst_come_first_with_their_pictures(report, out):
     (alarm,) = [r for r in report.results if not r.defective and r.verdict == "defect"]
     assert captions(parsed, "alarms") == ["/".join(alarm.path.parts[-2:])]
     assert f"score {alarm.score:.5g} · p-value {percent(alarm.p_value)}" in parsed["alarms"]
-    expected = {i for i, r in enumerate(report.results) if r == alarm or (r.score, r.path) in missed[:3]}
+    caught = sorted((-r.score, r.path) for r in report.results if r.defective and r.verdict == "defect")
+    assert captions(parsed, "hits") == ["/".join(path.parts[-2:]) for _, path in caught[:3]]
+    shown = {path for _, path in (*missed[:3], *caught[:3])}
+    expected = {i for i, r in enumerate(report.results) if r == alarm or r.path in shown}
     assert worth_showing(report, 3) == sorted(expected)
-    assert len([a for a in parsed.of("img") if a["alt"].endswith("ground truth outlined")]) == 4
-    assert len([a for a in parsed.of("img") if a["alt"].startswith("Heatmap")]) == 4
+    assert len([a for a in parsed.of("img") if a["alt"].endswith("ground truth outlined")]) == 7
+    assert len([a for a in parsed.of("img") if a["alt"].startswith("Heatmap")]) == 7
 
 
 def test_without_wrong_verdicts_the_nearest_are_shown(out):

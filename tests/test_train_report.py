@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter
+from sklearn.metrics import roc_auc_score
 
 from flawmap import Detector
 from flawmap.datasets.drawn import draw_part
@@ -162,15 +163,27 @@ def test_evaluate_and_inspect_count_them_as_not_judged(flawmap, padim, drawn, tm
     model = tmp_path / "m.safetensors"
     padim.save(model)
     before, report = padim.evaluate(drawn), padim.evaluate(root)
-    assert (report.images, report.errors) == (12, 4)
-    assert report.kinds["good"]["errors"] == 3
-    for name in ("image_auroc", "pixel_auroc", "overkill_rate", "escape_rate"):
-        assert report.figures[name] == pytest.approx(before.figures[name], rel=1e-6), name
+    assert (report.images, report.errors) == (16, 4)
+    assert report.kinds["good"]["refused"] == 3
+    unchecked = padim.inspector().without_capture_check()
+    found = [unchecked.predict(judged.path) for judged in report.results]
+    assert sum(inspection.refused is not None for inspection in found) == 4
+    labels = [judged.defective for judged in report.results]
+    assert report.image_auroc == pytest.approx(roc_auc_score(labels, [inspection.score for inspection in found]))
+    assert report.image_auroc != pytest.approx(before.image_auroc, abs=1e-4)
+    good = sum(not judged.defective and judged.verdict == "defect" for judged in before.results)
+    assert report.overkill_rate == good / 7
     code, out, err = flawmap("evaluate", model, root, "--json", "-", "--engine", "torch")
     assert code == 3
     values = json.loads(out)
-    assert (values["images"], values["errors"]) == (12, 4)
+    assert (values["images"], values["errors"]) == (16, 4)
+    assert (values["refused_good"], values["refused_defective"]) == (3, 1)
     assert sum((line.startswith("flawmap: ") and "xb" in line) or "xwhite" in line for line in err.splitlines()) == 4
+    code, out, _ = flawmap("evaluate", model, root, "--engine", "torch")
+    assert "4 images are refused by the capture check (3 good, 1 defective)" in out
+    code, out, err = flawmap("evaluate", model, root, "--no-capture-check", "--engine", "torch")
+    assert code == 0
+    assert "refused" not in out
     code, out, err = flawmap("inspect", model, root / "test", "--format", "jsonl", "--engine", "torch")
     assert code == 3
     verdicts = {json.loads(line)["path"]: json.loads(line) for line in out.splitlines()}

@@ -28,6 +28,14 @@ _TITLES = {
     "caught_at_overkill_0.01_oracle": "caught at 1 % overkill (oracle)",
     "caught_at_overkill_0.05_oracle": "caught at 5 % overkill (oracle)",
 }
+_COUNTS = {
+    "images": "images",
+    "rejected": "rejected",
+    "on_defect": "on the defect",
+    "unsure": "unsure",
+    "refused": "refused",
+    "errors": "not scored",
+}
 
 
 @click.command("evaluate")
@@ -37,6 +45,9 @@ _TITLES = {
 @click.option("--json", "json_file", metavar="FILE", help="Write the figures as one flat JSON object; - is stdout.")
 @click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Write a report that opens anywhere.")
 @click.option("--full-resolution", is_flag=True, help="Pixel figures on the original pixels, not at the input size.")
+@click.option(
+    "--no-capture-check", is_flag=True, help="Judge captures unlike those learnt from, instead of refusing them."
+)
 @click.option("--tail", is_flag=True, help="Take the threshold estimated from the tail of the scores.")
 @click.option("--unsure", is_flag=True, help="Verdicts as those of `flawmap inspect --unsure`.")
 @click.option(
@@ -53,6 +64,7 @@ def evaluate_command(
     json_file: str | None,
     html: Path | None,
     full_resolution: bool,
+    no_capture_check: bool,
     tail: bool,
     unsure: bool,
     oracle: bool,
@@ -90,6 +102,8 @@ def evaluate_command(
             inspector = Inspector.load(model, engine=engine, device=device)
         if tail or unsure:
             inspector = inspector.with_threshold(tail=tail, unsure=unsure)
+        if no_capture_check:
+            inspector = inspector.without_capture_check()
         report = evaluate_inspector(inspector, dataset, full_resolution=full_resolution, progress=progress)
     assert inspector.judge.threshold is not None
     text = json.dumps(report.to_json() | ({} if grid is None else grid.to_json()), indent=2)
@@ -146,6 +160,27 @@ def write_report(path: Path, inspector: Inspector, dataset: Dataset, report: Eva
     )
 
 
+def remarks(report: EvaluationReport) -> list[str]:
+    """What the figures do not say by themselves, a line each."""
+    lines = []
+    if located := report.counted("located"):
+        lines.append(
+            f"caught in the right place: {report.counted('on_defect')} of {located} rejected images with a mask have a "
+            "region on the defect"
+        )
+    if refused := report.counted("refused"):
+        defective = sum(judged.refused and judged.defective for judged in report.results)
+        images = "1 image is" if refused == 1 else f"{refused} images are"
+        lines.append(
+            f"{images} refused by the capture check ({refused - defective} good, {defective} defective): their scores "
+            "count in all figures; they are called neither good nor defects. --no-capture-check judges them"
+        )
+    if report.without_mask:
+        images = "1 defective image has" if report.without_mask == 1 else f"{report.without_mask} defective images have"
+        lines.append(f"{images} no mask and count in no pixel figure")
+    return lines
+
+
 def report_table(report: EvaluationReport) -> str:
     """The figures with their 95 % intervals, and each kind of image with what became of it."""
     lines = []
@@ -155,15 +190,13 @@ def report_table(report: EvaluationReport) -> str:
         spread = "" if interval is None else f"  [{interval[0]:.3f}, {interval[1]:.3f}]"
         lines.append(f"{title:<{max(map(len, _TITLES.values()))}} {shown:>6}{spread}")
     lines.append("")
+    always = ("images", "rejected", "errors", *(("on_defect",) if report.counted("located") else ()))
+    heads = {column: head for column, head in _COUNTS.items() if column in always or report.counted(column)}
     width = max(len(kind) for kind in report.kinds)
-    columns = ["images", "rejected", *(["unsure"] if report.unsure else []), "errors"]
-    heads = ["not judged" if column == "errors" else column for column in columns]
-    lines.append("  ".join([f"{'kind':<{width}}", *heads]))
+    lines.append("  ".join([f"{'kind':<{width}}", *heads.values()]))
     for kind, counts in report.kinds.items():
-        told = [f"{counts[column]:{len(head)}d}" for column, head in zip(columns, heads, strict=True)]
-        lines.append("  ".join([f"{kind:<{width}}", *told]))
-    if report.without_mask:
-        lines.append(f"{report.without_mask} defective images have no mask and are left out of the pixel figures")
+        lines.append("  ".join([f"{kind:<{width}}", *(f"{counts[name]:{len(head)}d}" for name, head in heads.items())]))
+    lines += remarks(report)
     lines.append(
         f"{report.images} images, {report.milliseconds_per_image or 0:.1f} ms each (median, decoding not counted)"
     )

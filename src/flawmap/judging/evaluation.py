@@ -37,6 +37,7 @@ CAUGHT_AT = {f"caught_at_overkill_{rate:g}_oracle": rate for rate in (0.001, 0.0
 ORACLE_RATES = ("escape_rate_oracle", *CAUGHT_AT)
 FIGURES = (*IMAGE_FIGURES, *PIXEL_FIGURES, *RATES, *ORACLE_RATES)
 CURVES = ("image_roc", "image_pr", "pixel_roc", "pixel_pr", "pixel_pro")
+_COUNTS = ("images", "rejected", "unsure", "refused", "located", "on_defect", "errors")
 _CURVE_POINTS = 500
 
 Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
@@ -49,7 +50,8 @@ class Scored:
     Attributes:
         kind: "good" or the kind of defect.
         defective: what is known of it.
-        score, verdict: None and "error" where it could not be judged.
+        score: None where there is none.
+        verdict: "error" where it could not be judged: it has no score, or the capture check refuses it.
         anomaly_map: (h, w) float32; None for methods without a map.
         mask: (h, w) bool, at the map's size; None where a defect has none.
         milliseconds: what it took.
@@ -57,6 +59,7 @@ class Scored:
         path: the file; None for an array.
         p_value: the share of good images expected to score as high; None where it is not known.
         inside: (h, w) bool, the pixels of the map that count; None is all.
+        on_defect: with verdict "defect", whether a region of the map lies on the defect; None without a map or a mask.
     """
 
     kind: str
@@ -70,6 +73,7 @@ class Scored:
     path: Path | None = None
     p_value: float | None = None
     inside: NDArray[np.bool_] | None = None
+    on_defect: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,12 @@ class Judged:
     p_value: float | None
     verdict: str
     error: str | None
+    on_defect: bool | None = None
+
+    @property
+    def refused(self) -> bool:
+        """Whether it has a score, and the capture check refuses it all the same."""
+        return self.verdict == "error" and self.score is not None
 
 
 @dataclass(frozen=True)
@@ -95,9 +105,12 @@ class EvaluationReport:
             threshold does, and the shares of defective images caught with so much overkill at most.
         intervals: (low, high) of each figure with 95 % confidence: Clopper-Pearson for `RATES`, bootstrap over
             images, good and defective ones, for the others.
-        kinds: for each kind of image: how many, how many of them rejected, how many unsure, how many not judged.
-        images: how many were judged. The unsure ones among them neither escape nor are they overkill.
-        unjudged: one line for each image that could not be.
+        kinds: for each kind of image: how many were scored (`images`), how many of them `rejected`, `unsure`, and
+            `refused` by the capture check; how many of the rejected have a map and a mask (`located`), and a region on
+            the defect (`on_defect`); how many have no score (`errors`).
+        images: how many were scored. Those that are unsure or refused neither escape nor are they overkill, and count
+            in all figures.
+        unjudged: one line for each image that was refused or has no score.
         without_mask: defective images left out of the pixel figures because they have no mask.
         settings: what made the figures.
         results: every image in the order it came, those that could not be judged included.
@@ -124,7 +137,11 @@ class EvaluationReport:
     @property
     def unsure(self) -> int:
         """How many images got the verdict "unsure"."""
-        return sum(kind["unsure"] for kind in self.kinds.values())
+        return self.counted("unsure")
+
+    def counted(self, what: str) -> int:
+        """A count of `kinds` over all of them."""
+        return sum(kind[what] for kind in self.kinds.values())
 
     def __getattr__(self, name: str) -> float | None:
         """`report.image_auroc` and so on."""
@@ -148,6 +165,10 @@ class EvaluationReport:
         flat["images"] = self.images
         flat["errors"] = self.errors
         flat["unsure"] = self.unsure
+        flat["refused_good"] = sum(r.refused and not r.defective for r in self.results)
+        flat["refused_defective"] = sum(r.refused and r.defective for r in self.results)
+        flat["caught_with_mask"] = self.counted("located")
+        flat["caught_on_defect"] = self.counted("on_defect")
         flat["without_mask"] = self.without_mask
         flat["milliseconds_per_image"] = self.milliseconds_per_image
         return flat | self.settings
@@ -164,17 +185,21 @@ def evaluate(scored: Iterable[Scored], settings: dict[str, Any] | None = None) -
     unjudged: list[str] = []
     kinds: dict[str, dict[str, int]] = {}
     for image in scored:
-        results.append(
-            Judged(image.path, image.kind, image.defective, image.score, image.p_value, image.verdict, image.error)
-        )
-        kind = kinds.setdefault(image.kind, {"images": 0, "rejected": 0, "unsure": 0, "errors": 0})
+        of = (image.path, image.kind, image.defective, image.score, image.p_value, image.verdict, image.error)
+        results.append(Judged(*of, image.on_defect))
+        kind = kinds.setdefault(image.kind, dict.fromkeys(_COUNTS, 0))
+        if image.verdict == "error":
+            unjudged.append(image.error or "")
         if image.score is None:
             kind["errors"] += 1
-            unjudged.append(image.error or "")
             continue
+        rejected = image.verdict == "defect"
         kind["images"] += 1
-        kind["rejected"] += image.verdict == "defect"
+        kind["rejected"] += rejected
         kind["unsure"] += image.verdict == "unsure"
+        kind["refused"] += image.verdict == "error"
+        kind["located"] += rejected and image.on_defect is not None
+        kind["on_defect"] += rejected and bool(image.on_defect)
         scores.append(image.score)
         labels.append(image.defective)
         verdicts.append(image.verdict)

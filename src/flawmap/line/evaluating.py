@@ -27,7 +27,8 @@ def evaluate_inspector(
     """Figures on the test images of a labelled data set, at the inspector's threshold.
 
     Pixel figures are taken at the model's input size, masks resized nearest; or on the original pixels, with
-    `full_resolution` and for tiles. What lies outside the region of interest counts nowhere.
+    `full_resolution` and for tiles. What lies outside the region of interest counts nowhere. What the capture check
+    refuses has a score and counts by it.
 
     Raises:
         FlawmapError: there are no labelled test images.
@@ -47,36 +48,47 @@ def evaluate_inspector(
 def _scored(
     inspector: Inspector, samples: list[Sample], full_resolution: bool, progress: Callable[[str, int, int], None]
 ) -> Iterator[Scored]:
-    inspections = inspector.stream(sample.path for sample in samples)
+    inspections = inspector.without_capture_check().stream(sample.path for sample in samples)
     for number, (sample, inspection) in enumerate(zip(samples, inspections, strict=True), start=1):
-        assert inspection.verdict is not None
-        anomaly_map, mask, inside = _pixels(sample, inspection, full_resolution)
+        verdict, error = inspection.verdict, inspection.error
+        assert verdict is not None
+        if inspection.refused and verdict != "error" and inspector.capture_check:
+            verdict, error = "error", f"{sample.path}: {inspection.refused}"
+        truth = None
+        if sample.label == 1 and sample.mask is not None and inspection.placement is not None:
+            truth = read_mask(sample.mask, inspection.placement.size)
+        anomaly_map, mask, inside = _pixels(inspection, truth, full_resolution)
+        on_defect = None
+        if verdict == "defect" and inspection.maps is not None and truth is not None:
+            on_defect = any(region.mask[truth[region.rows_and_columns]].any() for region in inspection.regions)
         yield Scored(
             sample.kind,
             sample.label == 1,
             inspection.score,
-            inspection.verdict,
+            verdict,
             anomaly_map,
             mask,
             inspection.milliseconds,
-            inspection.error,
+            error,
             sample.path,
             inspection.p_value,
             inside,
+            on_defect,
         )
         progress("evaluation", number, len(samples))
 
 
 def _pixels(
-    sample: Sample, inspection: Inspection, full_resolution: bool
+    inspection: Inspection, mask: NDArray[np.bool_] | None, full_resolution: bool
 ) -> tuple[NDArray[np.float32] | None, NDArray[np.bool_] | None, NDArray[np.bool_] | None]:
-    """Map, mask and scored pixels of one test image, all of one size; None where there is none."""
+    """Map, mask and scored pixels of one test image, all of one size; None where there is none.
+
+    Args:
+        mask: of its defect, on the original pixels.
+    """
     maps, placement = inspection.maps, inspection.placement
     if maps is None or placement is None:
         return None, None, None
-    mask = None
-    if sample.label == 1 and sample.mask is not None:
-        mask = read_mask(sample.mask, placement.size)
     if full_resolution or len(maps) > 1:
         laid = inspection.anomaly_map
         assert laid is not None

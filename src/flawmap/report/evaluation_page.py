@@ -23,11 +23,17 @@ def worth_showing(report: EvaluationReport, each: int = 8) -> list[int]:
     """Indices into `report.results` of the images whose pictures an evaluation page shows, ascending.
 
     Up to `each` of the worst misses and as many of the worst false alarms; where there are none of either, of those
-    that came nearest to it.
+    that came nearest to it; and as many caught defects, those caught in the wrong place first.
     """
     misses, _ = _worst(report, defective=True)
     alarms, _ = _worst(report, defective=False)
-    return sorted({*misses[:each], *alarms[:each]})
+    return sorted({*misses[:each], *alarms[:each], *_hits(report)[:each]})
+
+
+def _hits(report: EvaluationReport) -> list[int]:
+    """Caught defects whose regions lie elsewhere, then the others; the highest scores first."""
+    caught = [(i, r) for i, r in enumerate(report.results) if r.defective and r.verdict == "defect"]
+    return [i for i, r in sorted(caught, key=lambda item: (item[1].on_defect is not False, -(item[1].score or 0.0)))]
 
 
 def write_evaluation_page(
@@ -67,6 +73,7 @@ def write_evaluation_page(
     ]
     misses, missed = _worst(report, defective=True)
     alarms, alarmed = _worst(report, defective=False)
+    hits = _hits(report)
     no_pixel_figures = why_no_pixel_figures(report, scale)
     write_page(
         path,
@@ -95,8 +102,13 @@ def write_evaluation_page(
         missed=len(misses) if missed else 0,
         alarms=[_card(results[i], pictures.get(i)) for i in alarms[:each]],
         alarmed=len(alarms) if alarmed else 0,
+        hits=[_card(results[i], pictures.get(i)) for i in hits[:each]],
+        caught=len(hits),
+        located=report.counted("located"),
+        on_defect=report.counted("on_defect"),
+        refused=report.counted("refused"),
         legend=legend(scale, pixel_threshold),
-        unjudged=[(_name(r), _reason(r)) for r in results if r.score is None],
+        unjudged=[(_name(r), _reason(r)) for r in results if r.verdict == "error"],
     )
 
 
@@ -122,6 +134,7 @@ def _card(result: Judged, picture: Picture | None) -> Card:
         *picture_uris(picture),
         result.verdict == "defect",
         picture is not None and picture.mask is not None and bool(picture.mask.any()),
+        elsewhere=result.on_defect is False,
     )
 
 

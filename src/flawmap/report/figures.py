@@ -149,19 +149,23 @@ def kind_rows(report: EvaluationReport) -> list[dict[str, Any]]:
         of_label = [r for r in report.results if r.defective == defective]
         group = []
         for kind in sorted({r.kind for r in of_label}):
-            verdicts = [r.verdict for r in of_label if r.kind == kind]
-            rejected, passed, unsure, errors = map(verdicts.count, ("defect", "good", "unsure", "error"))
-            judged = rejected + passed + unsure
+            some = [r for r in of_label if r.kind == kind]
+            rejected, passed, unsure = (sum(r.verdict == of for r in some) for of in ("defect", "good", "unsure"))
+            scored = sum(r.score is not None for r in some)
+            located = [r.on_defect for r in some if r.on_defect is not None]
             group.append(
                 {
                     "kind": kind,
                     "defective": defective,
-                    "images": len(verdicts),
+                    "images": len(some),
                     "rejected": rejected,
                     "passed": passed,
                     "unsure": unsure,
-                    "errors": errors,
-                    "right": (rejected if defective else passed) / judged if judged else None,
+                    "located": len(located),
+                    "on_defect": sum(located),
+                    "refused": sum(r.refused for r in some),
+                    "errors": len(some) - scored,
+                    "right": (rejected if defective else passed) / scored if scored else None,
                     "auroc": report.auroc_of(kind) if defective else None,
                 }
             )

@@ -34,6 +34,7 @@ class Card:
         original, overlay: pictures as data URIs; None without one.
         rejected: whether its verdict is "defect".
         outlined: whether the original shows where its defect is.
+        elsewhere: whether it was rejected, and no region lies on its defect.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Card:
     overlay: str | None
     rejected: bool
     outlined: bool = False
+    elsewhere: bool = False
 
 
 @dataclass(frozen=True)
