@@ -74,9 +74,6 @@ class Tuning:
         """Some lines for the terminal."""
         best, before = int(self.values.argmax()), self.points.index(self.before)
         lead = self.values[best] - self.values[before]
-        found = (
-            f"tried on {self.defects} synthetic defects in {self.images} good images: {in_words(self.best)} best in "
-        )
         if self.chosen != self.best:
             verdict = f"the settings stay at {in_words(self.before)}: the lead may be nothing, its interval holds 0"
         elif self.best == self.before:
