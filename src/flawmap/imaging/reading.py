@@ -15,15 +15,15 @@ from numpy.typing import NDArray
 from flawmap.errors import ImageError
 from flawmap.imaging.arrays import as_pixels
 from flawmap.imaging.captures import capture_statistics
-from flawmap.imaging.decoding import read_image
+from flawmap.imaging.decoding import read_image_and_digest
 from flawmap.imaging.fingerprints import fingerprint
 from flawmap.imaging.placement import Placement
 from flawmap.imaging.preparation import Preparation
 
 BATCH = 8
 
-Source = Path | NDArray[Any]
-"""An image file, or an array as `as_pixels` takes it."""
+Source = Any
+"""An image file (a Path), or an image as `as_pixels` takes it."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Picture:
         fingerprint: of the whole image, see `flawmap.imaging.fingerprints`; where asked for.
         error: why it could not be read.
         milliseconds: from its pixels to its windows.
+        digest: SHA-256, in hexadecimal, of the bytes of the file that the pixels came from; None for an array.
     """
 
     path: Path | None
@@ -45,6 +46,7 @@ class Picture:
     fingerprint: NDArray[np.float32] | None = None
     error: ImageError | None = None
     milliseconds: float = 0.0
+    digest: str | None = None
 
     @property
     def windows(self) -> int:
@@ -92,7 +94,7 @@ def pack(
         path = source if isinstance(source, Path) else None
         name = "the array" if path is None else str(path)
         try:
-            pixels = read_image(source) if isinstance(source, Path) else as_pixels(source)
+            pixels, digest = read_image_and_digest(path) if path is not None else (as_pixels(source), None)
             start = time.perf_counter()
             statistics = capture_statistics(pixels, prepare.preprocessing.white)
             identifying = fingerprint(pixels, prepare.preprocessing.white) if fingerprints else None
@@ -114,7 +116,7 @@ def pack(
                 batch.inside[filled, 0] = inside[i]
             filled += 1
         taken = 1000 * (time.perf_counter() - start - away)
-        batch.pictures.append(Picture(path, placement, statistics, identifying, milliseconds=taken))
+        batch.pictures.append(Picture(path, placement, statistics, identifying, milliseconds=taken, digest=digest))
     batch.inputs = batch.inputs[:filled]
     batch.inside = None if batch.inside is None else batch.inside[:filled]
     if batch.pictures or filled:
