@@ -543,11 +543,13 @@ def test_as_pixels_of_a_picture_of_pillow_is_its_file(tmp_path: Path, mode: str)
     picture = Image.fromarray(DEEP) if mode == "I;16" else Image.fromarray(COLOUR).convert(mode)
     picture.save(tmp_path / "a.tif")
     np.testing.assert_array_equal(as_pixels(picture), read_image(tmp_path / "a.tif"))
+    if mode in ("LA", "CMYK"):  # no such PNG
+        return
     exif = Image.Exif()
     exif[0x0112] = 6
-    picture.save(tmp_path / "b.tif", exif=exif)
-    with Image.open(tmp_path / "b.tif") as turned:
-        np.testing.assert_array_equal(as_pixels(turned), read_image(tmp_path / "b.tif"))
+    picture.save(tmp_path / "b.png", exif=exif)
+    with Image.open(tmp_path / "b.png") as turned:
+        np.testing.assert_array_equal(as_pixels(turned), read_image(tmp_path / "b.png"))
 
 
 def test_as_pixels_of_tensors() -> None:
