@@ -320,7 +320,7 @@ def test_split_folders_in_any_case(tmp_path: Path) -> None:
 def test_what_is_not_understood_is_refused(tmp_path: Path, arrangement: Mapping[str, list[str]]) -> None:
     pictures(tmp_path, *arrangement["pictures"])
     masks(tmp_path, *arrangement["masks"])
-    with pytest.raises(FlawmapError, match="; (give|name|put) ") as error:
+    with pytest.raises(FlawmapError, match=r"; (give|name|put) ") as error:
         find_dataset(tmp_path)
     assert str(error.value).startswith(str(tmp_path))
     assert "\n" not in str(error.value)

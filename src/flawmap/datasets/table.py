@@ -132,7 +132,8 @@ def _listed_file(table: Path, name: str, where: str) -> Path:
     if not name:
         raise FlawmapError(f"{where}: the path is empty; write the image's path or remove the line")
     name = name.replace("\\", "/")
-    paths = [folder / name for folder in (table.parent, table.parent / "..", table.parent / ".." / "..")]
+    above = [Path(os.path.normpath(table.parent / up / name)) for up in ("..", "../..")]
+    paths = [table.parent / name, *above]
     found = next((path for path in paths if os.path.isfile(path)), None)  # noqa: PTH113 (a long name makes Path.is_file raise)
     if found is None:
         raise FlawmapError(f"{where}: {paths[0]} does not exist; paths are relative to the table's folder")

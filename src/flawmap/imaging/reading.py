@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flawmap.errors import ImageError
-from flawmap.imaging.arrays import as_pixels
+from flawmap.imaging.arrays import as_pixels, is_array
 from flawmap.imaging.captures import capture_statistics
 from flawmap.imaging.decoding import read_image_and_digest
 from flawmap.imaging.fingerprints import fingerprint
@@ -24,6 +25,23 @@ BATCH = 8
 
 Source = Any
 """An image file (a Path), or an image as `as_pixels` takes it."""
+
+
+def as_source(given: Any) -> Source:
+    """One image as a user gives it: a path, or what `as_pixels` takes.
+
+    Raises:
+        ImageError: it is neither.
+    """
+    if isinstance(given, (bytes, bytearray)):
+        raise ImageError(f"got {type(given).__name__}; give the path of the file, or a NumPy array of its pixels")
+    return Path(given) if isinstance(given, (str, os.PathLike)) else as_pixels(given)
+
+
+def is_several(given: Any) -> TypeGuard[Iterable[Any]]:
+    """Whether a user gives several images: neither a path nor something that stands for one image, right or wrong."""
+    one = isinstance(given, (str, os.PathLike, bytes, bytearray)) or is_array(given)
+    return not one and isinstance(given, Iterable)
 
 
 @dataclass(frozen=True)
