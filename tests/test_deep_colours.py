@@ -13,9 +13,13 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from flawmap.datasets import find_dataset
 from flawmap.errors import ImageError
 from flawmap.imaging.decoding import image_size, infer_white, read_image
+from flawmap.imaging.deep_colours import png_of_deep_colours
+from flawmap.imaging.image_files import find_images
 from flawmap.imaging.preprocessing import Preprocessing
+from flawmap.synthesis.dataset import write_defects
 from test_images import EXIF_TURNS, png
 from test_tiff import tiff
 
@@ -155,3 +159,22 @@ def test_deep_grey_with_a_transparent_value(tmp_path: Path) -> None:
     Image.fromarray(grey).save(buffer, format="PNG", transparency=2)
     (tmp_path / "a.png").write_bytes(buffer.getvalue())
     check(tmp_path / "a.png", grey * (grey != 2))
+
+
+@pytest.mark.parametrize("size", [None, 64])
+def test_synthetic_defects_on_deep_colours_keep_them(tmp_path: Path, size: int | None) -> None:
+    good = tmp_path / "good"
+    good.mkdir()
+    for number in range(6):
+        pixels = RNG.integers(1500, 1700, (80, 96, 3), np.uint16)
+        pixels[20:60, 20:70] += 1800
+        (good / f"{number}.png").write_bytes(png_of_deep_colours(pixels))
+        np.testing.assert_array_equal(read_image(good / f"{number}.png"), pixels)
+    write_defects(find_dataset(good), tmp_path / "made", count=4, size=size)
+    made = find_images(tmp_path / "made" / "test" / "synthetic")
+    assert len(made) == 4
+    for path in (*made, *find_images(tmp_path / "made" / "train")):
+        pixels = read_image(path)
+        assert pixels.dtype == np.uint16
+        assert pixels.ndim == 3
+        assert len(np.unique(pixels)) > 300

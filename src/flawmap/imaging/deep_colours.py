@@ -7,7 +7,9 @@ twice, once for the upper bytes and once for the lower.
 
 from __future__ import annotations
 
+import struct
 import sys
+import zlib
 from collections.abc import Callable
 
 import numpy as np
@@ -63,6 +65,20 @@ def read_deep_colours(image: ImageFile, again: Callable[[], ImageFile]) -> NDArr
     if isinstance(key, tuple):
         pixels[(pixels == key).all(axis=2)] = 0
     return pixels
+
+
+def png_of_deep_colours(pixels: NDArray[np.uint16]) -> bytes:
+    """A PNG file of uint16 (H, W, 3), which Pillow does not write."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    height, width = pixels.shape[:2]
+    rows = pixels.astype(">u2").reshape(height, -1).view(np.uint8)
+    unfiltered = np.concatenate([np.zeros((height, 1), np.uint8), rows], axis=1)
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0))
+    data = chunk(b"IDAT", zlib.compress(unfiltered.tobytes(), 1))
+    return b"\x89PNG\r\n\x1a\n" + header + data + chunk(b"IEND", b"")
 
 
 def _joined(upper: NDArray[np.uint8], lower: NDArray[np.uint8]) -> NDArray[np.uint16]:
