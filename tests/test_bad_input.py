@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pillow_heif
 import pytest
 from PIL import Image
 
@@ -218,6 +219,12 @@ def saved(image, form, **options):
     return buffer.getvalue()
 
 
+def heic(part):
+    buffer = io.BytesIO()
+    pillow_heif.from_pillow(part).save(buffer, quality=95)
+    return buffer.getvalue()
+
+
 def claiming(width, height, extra=b""):
     """A PNG of a few bytes that claims a size."""
 
@@ -235,7 +242,7 @@ PART = "train/good/000.png"
 UNREADABLE = {
     "empty.png": (lambda part: b"", "is empty (0 bytes)", "copy it again"),
     "text.jpg": (lambda part: b"not an image", "is not a JPEG, PNG", "convert it"),
-    "gif.png": (lambda part: saved(part, "GIF"), "is not a JPEG, PNG", "convert it"),
+    "photoshop.png": (lambda part: b"8BPS\0\1" + bytes(100), "is not a JPEG, PNG", "convert it"),
     "truncated.png": (lambda part: saved(part, "PNG")[:-200], "cannot be decoded", "copy it again"),
     "truncated.jpg": (lambda part: saved(part, "JPEG")[:-200], "cannot be decoded", "copy it again"),
     "corrupt.tif": (lambda part: saved(part, "TIFF")[:8] + bytes(500), "cannot be decoded", "copy it again"),
@@ -265,6 +272,9 @@ READABLE = {
     "cmyk.jpg": lambda part: saved(part.convert("CMYK"), "JPEG", quality=95),
     "palette.png": lambda part: saved(part.quantize(128), "PNG"),
     "really a png.jpg": lambda part: saved(part, "PNG"),
+    "gif.png": lambda part: saved(part, "GIF"),
+    "phone.heic": lambda part: heic(part),
+    "without a suffix": lambda part: saved(part, "JPEG", quality=95),
     "größe 図 e\u0301.png": lambda part: saved(part, "PNG"),
 }
 UNFIT = {  # can be read, but show no part
@@ -373,14 +383,14 @@ def test_good_images_none_or_one_of_which_can_be_read(flawmap, tmp_path, folder)
 
 def test_files_that_may_not_be_read(flawmap, small_model, data, tmp_path, monkeypatch):
     forbidden = {data / "train" / "good" / "003.png", data / "test" / "good" / "001.png"}
-    opened = Path.open
+    opened = os.open
 
-    def guarded(self, *arguments, **options):
-        if self in forbidden:
-            raise PermissionError(13, "Permission denied", str(self))
-        return opened(self, *arguments, **options)
+    def guarded(path, *arguments, **options):
+        if path in forbidden:
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *arguments, **options)
 
-    monkeypatch.setattr(Path, "open", guarded)
+    monkeypatch.setattr(os, "open", guarded)
     code, _, err = flawmap("train", data, "-o", tmp_path / "m.safetensors", *SMALL)
     assert code == 0
     check_told(err.splitlines(), data / "train" / "good" / "003.png", "ermission denied", "permissions")
@@ -498,7 +508,7 @@ def test_names_that_are_too_long(flawmap, small_model, parts, tmp_path):
     ("content", "says", "remedy"),
     [
         (saved(Image.new("L", (30, 20), 255), "PNG"), "the mask is 20 x 30", "redraw it"),
-        (saved(Image.new("L", (64, 64), 100), "PNG"), "no mask value is over 127", "save defects as white"),
+        (saved(Image.new("L", (64, 64), 100), "JPEG"), "no mask value is over 127", "save defects as white"),
         (b"", "is empty", "copy it again"),
         (b"not a mask", "is not a JPEG, PNG", "convert it"),
         (claiming(30_000, 30_000), "over the limit", "shrink it"),
@@ -519,7 +529,7 @@ def test_masks_that_cannot_be_used(flawmap, small_model, data, tmp_path, content
     ("option", "content", "says"),
     [
         ("--roi", saved(Image.new("L", (64, 64)), "PNG"), "paint what is to be inspected white"),
-        ("--roi", saved(Image.new("L", (64, 64), 100), "PNG"), "save defects as white"),
+        ("--roi", saved(Image.new("L", (64, 64), 100), "JPEG"), "save defects as white"),
         ("--roi", b"", "copy it again"),
         ("--roi", None, "check the path"),
         ("--register", b"not a picture", "convert it"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,9 @@ def make(root: Path, *names: str, size: tuple[int, int] = (4, 6)) -> Path:
     for name in names:
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.zeros(size, np.uint8)).save(path)
+        pixels = np.zeros(size, np.uint8)
+        pixels[1, 2] = 255  # as a mask, it marks one pixel
+        Image.fromarray(pixels).save(path)
     return root
 
 
@@ -90,7 +93,7 @@ def test_mvtec_notes_what_is_left_out(tmp_path: Path) -> None:
     assert sorted(dataset.notes) == sorted(
         [
             f"{root / 'train' / 'broken'} is left out",
-            f"{root / 'validation'} is left out",
+            f"{root / 'validation'} is left out; --calibration {root / 'validation'} calibrates on its good images",
             f"images directly in {root / 'test'} are left out: {root / 'test' / 'stray.png'}",
             f"masks of no defective image are left out: {root / 'ground_truth' / 'crack' / '007_mask.png'}",
         ]
@@ -249,7 +252,8 @@ def test_csv_without_splits_holds_out_as_the_folders_do(tmp_path: Path) -> None:
     ("text", "pattern"),
     [
         ("", r"parts\.csv, line 1: .*path,label"),
-        ("path;label\na.png;good\n", r"parts\.csv, line 1: .*path;label"),
+        ("path|label\na.png|good\n", r"parts\.csv, line 1: .*path\|label"),
+        ("path;label\na.png;good;x\n", r"parts\.csv, line 2: more values than columns; .* semicolon in quotes"),
         ("file,label\na.png,good\n", r"parts\.csv, line 1: .*'file'"),
         ("path,label\n", r"lists no good images"),
         ("path,label\na.png,crack\n", r"lists no good images"),
@@ -269,6 +273,38 @@ def test_csv_without_splits_holds_out_as_the_folders_do(tmp_path: Path) -> None:
 def test_faulty_csv(tmp_path: Path, text: str, pattern: str) -> None:
     make(tmp_path, "a.png")
     refused(write_csv(tmp_path, text), pattern)
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("first", ["", "sep={}\r\n"])
+def test_csv_as_spreadsheet_programs_write_it(tmp_path: Path, delimiter: str, encoding: str, first: str) -> None:
+    make(tmp_path, "größe, a.png", "b;2.png", "c.png", "m.png")
+    rows = [
+        ("path", "label", "mask"),
+        ('"größe, a.png"', "good", ""),
+        ('"b;2.png"', "ok", ""),
+        ("c.png", "dent", "m.png"),
+    ]
+    text = first.format(delimiter) + "".join(delimiter.join(row) + "\r\n" for row in rows)
+    dataset = find_dataset(write_csv(tmp_path, text, encoding))
+    assert sorted(sample.path.name for sample in dataset.samples) == ["b;2.png", "c.png", "größe, a.png"]
+    assert [sample.mask for sample in dataset.defect_test] == [tmp_path / "m.png"]
+
+
+def test_csv_of_several_objects(tmp_path: Path) -> None:
+    make(tmp_path, "a.png", "b.png")
+    path = write_csv(tmp_path, "object,path,label\nnut,a.png,good\nbolt,b.png,good\n")
+    assert [sample.path.name for sample in find_dataset(path, "bolt").samples] == ["b.png"]
+    refused(path, "lists several data sets; choose one category of: bolt, nut")
+    refused(path, "has no category 'screw'; it has: bolt, nut", "screw")
+    refused(write_csv(tmp_path, "path,label\na.png,good\n"), "has no column object; leave out the category", "nut")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes on this system")
+def test_a_table_that_is_no_file_does_not_hang(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "parts.csv")
+    refused(tmp_path / "parts.csv", "is a FIFO, not a file; ")
 
 
 def test_csv_that_is_not_utf_8(tmp_path: Path) -> None:
@@ -318,7 +354,7 @@ def test_what_is_no_data_set(tmp_path: Path) -> None:
     refused(tmp_path / "pair", "holds no good images")
 
 
-@pytest.mark.parametrize("name", ["bad/1.png", "test/crack/1.png", "a/NG/1.png", "train/1.png", "masks/1.png"])
+@pytest.mark.parametrize("name", ["bad/1.png", "test/crack/1.png", "a/NG/1.png", "train/1.png", "abnormal/1.png"])
 def test_defects_are_not_taken_for_good(tmp_path: Path, name: str) -> None:
     make(tmp_path, "1.png", name)
     refused(tmp_path, "neither 'good' nor 'train/good'; name the folder of good images")

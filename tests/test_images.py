@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pillow_heif
 import pytest
 import torch
 import torch.nn.functional as F
@@ -132,13 +133,6 @@ def test_big_endian_16_bit_tiff(tmp_path: Path) -> None:
     assert read.dtype == np.dtype(np.uint16)
     assert read.dtype.isnative
     np.testing.assert_array_equal(read, DEEP)
-
-
-def test_colour_with_16_bits_a_channel_keeps_the_upper_8(tmp_path: Path) -> None:
-    path = tmp_path / "a.png"
-    pixels = RNG.integers(0, 65536, (6, 10, 3), np.uint16)
-    path.write_bytes(png(pixels, 2))
-    np.testing.assert_array_equal(read_image(path), (pixels >> 8).astype(np.uint8))
 
 
 def test_32_bit_tiff_is_read_where_its_values_fit_16_bits(tmp_path: Path) -> None:
@@ -294,11 +288,15 @@ def save_bytes(image: Image.Image, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
+_file = io.BytesIO()
+pillow_heif.from_pillow(Image.fromarray(smooth(64, 64))).save(_file, quality=80)
+HEIC = _file.getvalue()
 FRAMES = [Image.fromarray(np.full((8, 8, 3), value, np.uint8)) for value in (0, 128, 255)]
 BAD_FILES = {
     "empty": (b"", "empty"),
     "text": (b"these are not the pixels you are looking for", "not a JPEG, PNG"),
-    "gif": (save_bytes(FRAMES[0], format="GIF"), "not a JPEG, PNG"),
+    "animated gif": (save_bytes(FRAMES[0], format="GIF", save_all=True, append_images=FRAMES[1:]), "3 pictures"),
+    "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a JPEG, PNG"),
     "header only": (b"\x89PNG\r\n\x1a\n", "cannot be decoded"),
     "riff sound": (b"RIFF\x24\0\0\0WAVEfmt ", "cannot be decoded"),
     "animated png": (save_bytes(FRAMES[0], format="PNG", save_all=True, append_images=FRAMES[1:]), "3 pictures"),
@@ -342,7 +340,7 @@ def test_missing_folder_and_forbidden(
     def forbid(*_: Any, **__: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "open", forbid)
+    monkeypatch.setattr(os, "open", forbid)
     with pytest.raises(ImageError, match=r"(?i)a\.png: .*permission denied.*; .*permissions") as error:
         read(path)
     one_line(error)
@@ -389,6 +387,13 @@ def fuzz_seeds() -> dict[str, bytes]:
         "bmp palette": save_bytes(palette, format="BMP"),
         "bmp bits": save_bytes(grey.convert("1"), format="BMP"),
         "tiff": save_bytes(noise, format="TIFF", exif=exif),
+        "png deep colour": png(RNG.integers(0, 65536, (24, 32, 3), np.uint16), 2),
+        "gif": save_bytes(palette, format="GIF"),
+        "ppm": save_bytes(noise, format="PPM"),
+        "ppm deep": b"P6 3 2 4095\n" + bytes(range(36)),
+        "jpeg 2000": save_bytes(colour, format="JPEG2000"),
+        "avif": save_bytes(colour, format="AVIF", exif=exif),
+        "heic": HEIC,
         "tiff deep": save_bytes(deep, format="TIFF"),
         "tiff lzw": save_bytes(noise, format="TIFF", compression="tiff_lzw"),
         "tiff jpeg": save_bytes(colour, format="TIFF", compression="jpeg"),
@@ -430,6 +435,7 @@ def fuzz(path: Path, rounds: int, seed: int) -> tuple[int, int]:
     for content in others:
         for _ in range(rounds):
             path.write_bytes(corrupt(content, others[int(rng.integers(len(others)))], rng))
+            os.utime(path, (0, 0))  # nobody is still writing it
             try:
                 pixels = read_image(path)
             except ImageError as error:
@@ -461,6 +467,7 @@ def test_every_cut_is_noticed(tmp_path: Path, kind: str) -> None:
     content, path = fuzz_seeds()[kind], tmp_path / "cut.png"
     for length in np.linspace(1, 0.95 * len(content), 25, dtype=int):
         path.write_bytes(content[:length])
+        os.utime(path, (0, 0))
         with pytest.raises(ImageError):
             read_image(path)
 
@@ -470,7 +477,7 @@ def test_every_cut_is_noticed(tmp_path: Path, kind: str) -> None:
 
 def test_find_images(tmp_path: Path) -> None:
     names = ["b/2.PNG", "b/10.jpeg", "a 1/größe.Tif", "a 1/図.webp", "z.bmp", "b/deep/er/x.TIFF", "c.JPG"]
-    others = ["Thumbs.db", ".hidden.png", ".cache/1.png", "._z.bmp", "b/notes.txt", "b/desktop.ini", "png", "d.gif"]
+    others = ["Thumbs.db", ".hidden.png", ".cache/1.png", "._z.bmp", "b/notes.txt", "b/desktop.ini", "png", "d.psd"]
     for name in names + others:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
@@ -531,6 +538,46 @@ def test_as_pixels_of_a_file_is_the_file(tmp_path: Path) -> None:
     np.testing.assert_array_equal(as_pixels(rgba), read_image(tmp_path / "a.png"))
 
 
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "I;16"])
+def test_as_pixels_of_a_picture_of_pillow_is_its_file(tmp_path: Path, mode: str) -> None:
+    picture = Image.fromarray(DEEP) if mode == "I;16" else Image.fromarray(COLOUR).convert(mode)
+    picture.save(tmp_path / "a.tif")
+    np.testing.assert_array_equal(as_pixels(picture), read_image(tmp_path / "a.tif"))
+    if mode in ("LA", "CMYK"):  # no such PNG
+        return
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(tmp_path / "b.png", exif=exif)
+    with Image.open(tmp_path / "b.png") as turned:
+        np.testing.assert_array_equal(as_pixels(turned), read_image(tmp_path / "b.png"))
+
+
+def test_as_pixels_of_tensors() -> None:
+    values = torch.rand(6, 10, 3, requires_grad=True)
+    np.testing.assert_array_equal(as_pixels(values), values.detach().numpy())
+    with pytest.raises(ImageError, match=r"float32, shape \(3, 6, 10\); expected .*; bring the channels last") as error:
+        as_pixels(values.detach().permute(2, 0, 1))
+    one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        (None, "got None; expected"),
+        ([[1, 2], [3]], "got a list, which is no array .*; give a NumPy array"),
+        (torch.zeros(2, 2, dtype=torch.bfloat16), "got a Tensor, which is no array .*; give a NumPy array"),
+        (Image.new("F", (2, 2)), "got a picture that holds floating-point values; save it"),
+        (Image.new("LAB", (2, 2)), "got a picture that holds CIELAB colours; save it"),
+        ("text", "got an array of <U4.*; expected"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_as_pixels_names_the_remedy_for_what_is_no_image(bad: Any, says: str) -> None:
+    with pytest.raises(ImageError, match=says) as error:
+        as_pixels(bad)
+    one_line(error)
+
+
 @pytest.mark.parametrize(
     ("bad", "got"),
     [
@@ -545,7 +592,6 @@ def test_as_pixels_of_a_file_is_the_file(tmp_path: Path) -> None:
         (GREY[0], r"shape \(10,\)"),
         (GREY[:0], "no pixels"),
         (np.array([["a"]]), "U1"),
-        (None, "object"),
     ],
 )
 def test_as_pixels_says_what_was_got_and_expected(bad: Any, got: str) -> None:
@@ -727,13 +773,65 @@ def test_mask_values(tmp_path: Path) -> None:
         return read_mask(path)[0].tolist()
 
     assert read([0, 1, 0, 2, 31]) == [False, True, False, True, True]  # class indices
-    assert read([0, 127, 128, 255, 31]) == [False, False, True, True, False]
+    assert read([0, 127, 128, 255, 31]) == [False, True, True, True, True]  # kinds of defect as grey values
+    assert read([0, 100]) == [False, True]
     assert read([0, 0]) == [False, False]
-    with pytest.raises(ImageError, match=r"mask\.png: .*largest is 100.*; save defects as white") as error:
-        read([0, 100])
-    one_line(error)
     Image.fromarray(np.array([[[0, 0, 0], [200, 0, 0], [0, 0, 200]]], np.uint8)).save(path)
     assert read_mask(path)[0].tolist() == [False, True, True]
+
+
+def test_a_palette_mask_is_read_by_colour_or_index_whichever_tells_the_background(tmp_path: Path) -> None:
+    path, indices = tmp_path / "mask.png", np.array([[0, 1, 2, 0, 1]], np.uint8)
+
+    def read(*colours: tuple[int, int, int]) -> Any:
+        picture = Image.frombytes("P", (5, 1), indices.tobytes())
+        picture.putpalette([value for colour in colours for value in colour])
+        picture.save(path)
+        return read_mask(path)[0].tolist()
+
+    assert read((0, 0, 0), (128, 0, 0), (0, 128, 0)) == [False, True, True, False, True]
+    assert read((90, 0, 90), (0, 0, 0), (0, 128, 0)) == [True, False, True, True, False]  # black is the background
+    assert read((68, 1, 84), (33, 144, 140), (253, 231, 37)) == [False, True, True, False, True]  # no black at all
+    assert read((0, 0, 0), (0, 0, 0), (0, 0, 0)) == [False, True, True, False, True]  # nothing but black
+
+
+@pytest.mark.parametrize("form", ["JPEG", "WEBP", "AVIF", "TIFF"])
+def test_a_mask_saved_with_losses_is_cut_at_half(tmp_path: Path, form: str) -> None:
+    path, truth = tmp_path / "mask", np.zeros((64, 64), bool)
+    truth[16:48, 24:40] = True
+    options: dict[str, Any] = {"compression": "jpeg"} if form == "TIFF" else {"quality": 80}
+    for mode in ("L", "RGB"):
+        Image.fromarray(truth).convert(mode).save(path, form, **options)
+        np.testing.assert_array_equal(read_mask(path), truth)
+    Image.new("L", (64, 64)).save(path, form, **options)
+    assert not read_mask(path).any()
+    Image.new("L", (64, 64), 100).save(path, form, **options)
+    with pytest.raises(ImageError, match=r"mask: no mask value is over 127 .*; save defects as white") as error:
+        read_mask(path)
+    one_line(error)
+
+
+def test_webp_without_losses_keeps_every_value_of_a_mask(tmp_path: Path) -> None:
+    path = tmp_path / "mask.webp"
+    Image.fromarray(np.array([[0, 1, 40, 255]], np.uint8)).convert("RGB").save(path, lossless=True)
+    assert read_mask(path)[0].tolist() == [False, True, True, True]
+
+
+def test_a_folder_of_masks_is_one_mask(tmp_path: Path) -> None:
+    folder = tmp_path / "000"
+    folder.mkdir()
+    with pytest.raises(ImageError, match=r"000: holds no mask; "):
+        read_mask(folder)
+    for name, column in (("000.png", 1), ("001.png", 3)):
+        mask = np.zeros((2, 5), np.uint8)
+        mask[:, column] = 254 + column // 3
+        Image.fromarray(mask).save(folder / name)
+    assert read_mask(folder, (2, 5)).tolist() == [[False, True, False, True, False]] * 2
+    with pytest.raises(ImageError, match=r"000\.png: the mask is 2 x 5 .* image is 3 x 5 "):
+        read_mask(folder, (3, 5))
+    Image.new("L", (4, 4)).save(folder / "002.png")
+    with pytest.raises(ImageError, match=r"002\.png: the mask is 4 x 4 "):
+        read_mask(folder)
 
 
 def test_mask_of_another_size(tmp_path: Path) -> None:

@@ -93,10 +93,16 @@ def test_what_flawmap_wrote_is_never_inspected(flawmap, model_file, parts):
         code, out, err = flawmap("inspect", model_file, parts, "-o", inside, "--format", "jsonl")
         assert code == 0
         assert [Path(json.loads(line)["path"]).name for line in out.splitlines()] == ["a.png", "b.png", "c.png"]
-        assert ("files are left out: flawmap wrote them" in err) == bool(told)
+        assert ("9 files are passed over, being written by flawmap itself" in err) == bool(told)
     code, out, err = flawmap("inspect", model_file, parts, "--format", "jsonl")  # nor without -o
     assert len(out.splitlines()) == 3
-    assert "9 files are left out" in err
+    assert "9 files are passed over" in err
+    stray = inside / "stray.png"
+    (parts / "c.png").rename(stray)  # below the output folder, whoever wrote it
+    _, out, err = flawmap("inspect", model_file, parts, "-o", inside, "--format", "jsonl")
+    assert len(out.splitlines()) == 2
+    assert "1 image in the output folder is passed over" in err
+    stray.rename(parts / "c.png")
     flawmap("inspect", model_file, parts, "-o", parts, "--format", "jsonl")  # beside the parts themselves
     _, out, _ = flawmap("inspect", model_file, parts, "-o", parts, "--format", "jsonl")
     assert len(out.splitlines()) == 3

@@ -418,3 +418,37 @@ def test_a_score_that_is_no_number_is_never_good(looking, arrays, value):
     found = looking.predict(arrays[0])
     assert (found.verdict, found.score, found.maps) == ("error", None, None)
     assert "finite" in found.error
+
+
+def test_pictures_and_tensors_are_judged_as_their_arrays(padim, paths, arrays):
+    inspector, expected = padim.inspector(), padim.predict(arrays[0])
+    picture, tensor = Image.open(paths[0]), torch.from_numpy(arrays[0].copy())
+    for given in (picture, tensor, str(paths[0])):
+        scores = [inspector.predict(given).score, padim.predict([given])[0].score]
+        scores.append(next(inspector.stream([given])).score)
+        assert scores == [expected.score] * 3
+    together = [one.score for one in inspector.predict_batch([picture, tensor])]
+    assert together == pytest.approx([expected.score] * 2)
+
+
+@pytest.mark.parametrize(
+    "given", [None, 3, b"\x89PNG", [None], [[1, 2], [3]], torch.zeros(3, 8, 8), np.zeros((2, 8, 8, 3), np.uint8)]
+)
+def test_what_is_no_image_is_refused_in_one_line(padim, given):
+    for call in (padim.predict, padim.inspector().predict):
+        with pytest.raises(FlawmapError, match=r"^got .*(expected|give)") as error:
+            call(given)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("given", [None, "folder", np.zeros((8, 8), np.uint8)])
+def test_what_cannot_be_streamed_is_refused_in_one_line(padim, given):
+    with pytest.raises(FlawmapError, match=r"^got .* to stream; give a list of images"):
+        next(padim.stream(given))
+    assert [one.verdict for one in padim.stream([None])] == ["error"]
+
+
+@pytest.mark.parametrize("given", [None, 3, [None], [np.zeros((8, 8), np.uint8)]])
+def test_what_cannot_be_learnt_from_is_refused_in_one_line(given):
+    with pytest.raises(FlawmapError, match=r"^got .* as training images .*; give the path of a folder"):
+        Detector("padim").fit(given)

@@ -173,35 +173,32 @@ def exit_code(images: int, defects: int, unsure: int, unjudged: int, unwritten: 
 def find_parts(sources: Sequence[Path], output: Path | None) -> list[tuple[Path, Path]]:
     """The images to inspect, each with its path below the source that it was found in.
 
-    What lies below the output folder and what flawmap itself wrote is left out, which is said.
+    What is passed over is said: files that are no images, those below the output folder, and what flawmap itself wrote.
 
     Raises:
         FlawmapError: a folder holds no images.
     """
     from flawmap.errors import FlawmapError
-    from flawmap.imaging.image_files import find_images
-    from flawmap.imaging.own_files import is_own
+    from flawmap.imaging.image_files import search_folder
 
     found: list[tuple[Path, Path]] = []
     below = None if output is None else output.resolve()
-    own = 0
     for source in sources:
         if not source.is_dir():
             found.append((source, Path(source.name)))
             continue
-        inside = below is not None and below.is_relative_to(source.resolve()) and below != source.resolve()
-        parts = []
-        for path in find_images(source):
-            if is_own(path) or (inside and below is not None and path.resolve().is_relative_to(below)):
-                own += 1
-            else:
-                parts.append((path, path.relative_to(source)))
+        there = search_folder(source)
+        parts = there.images
+        if below is not None and below != source.resolve() and below.is_relative_to(source.resolve()):
+            parts = [path for path in parts if not path.resolve().is_relative_to(below)]
+        if note := there.note():
+            click.echo(f"{printable(source)}: {note}", err=True)
+        if inside := len(there.images) - len(parts):
+            some = "1 image in the output folder is" if inside == 1 else f"{inside} images in the output folder are"
+            click.echo(f"{some} passed over", err=True)
         if not parts:
             raise FlawmapError(f"{source} holds no images: give a folder or files of JPEG, PNG, BMP, TIFF or WebP")
-        found += parts
-    if own:
-        files = "1 file is" if own == 1 else f"{own} files are"
-        click.echo(f"{files} left out: flawmap wrote them, or they lie in the output folder", err=True)
+        found += [(path, path.relative_to(source)) for path in parts]
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,12 +12,22 @@ from flawmap.errors import FlawmapError
 
 
 def training_paths(source: str | Path | Dataset | Sequence[str | Path], category: str | None) -> list[Path]:
-    """The good training images that a folder, a data set or a list of paths holds."""
-    if isinstance(source, (str, Path)):
+    """The good training images that a folder, a data set or a list of paths holds.
+
+    Raises:
+        FlawmapError: as `find_dataset`, or it is none of these.
+    """
+    if isinstance(source, (str, os.PathLike)):
         source = find_dataset(Path(source), category)
     if isinstance(source, Dataset):
         return [sample.path for sample in source.train]
-    return list(dict.fromkeys(Path(path) for path in source))
+    try:
+        return list(dict.fromkeys(Path(path) for path in source))
+    except TypeError as error:
+        raise FlawmapError(
+            f"got {'None' if source is None else f'a {type(source).__name__}'} as training images ({error}); "
+            "give the path of a folder, a Dataset or a list of paths of image files"
+        ) from error
 
 
 def source_name(source: str | Path | Dataset | Sequence[str | Path]) -> str:

@@ -2,76 +2,98 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import time
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
-from PIL.BmpImagePlugin import BmpImageFile
+from PIL import Image
 from PIL.ImageFile import ImageFile
-from PIL.JpegImagePlugin import JpegImageFile
-from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
-from PIL.WebPImagePlugin import WebPImageFile
 
 from flawmap.errors import ImageError
-from flawmap.imaging.arrays import over_black
+from flawmap.imaging.deep_colours import has_deep_colours, read_deep_colours
+from flawmap.imaging.formats import FORMATS, HEAD, format_of, reader_of
+from flawmap.imaging.image_files import open_regular
+from flawmap.imaging.modes import is_deep, pixels_of
+from flawmap.imaging.orientation import orientation, turned, without_exif
+from flawmap.imaging.tiff import as_tagged, has_undeclared_sample, refuse_misread
 
 PIXEL_LIMIT = 178_000_000
 """Larger pictures are refused before they are decoded. Just under where Pillow itself refuses some formats."""
 
-# Opening with the reader's class, where Image.open would do, keeps Pillow's other forty formats (some of which start
-# programs) away from untrusted files, gives the first picture of a multi-picture JPEG, and needs no change to the
-# process-wide Image.MAX_IMAGE_PIXELS.
-_READERS: dict[bytes, type[ImageFile]] = {
-    b"\xff\xd8\xff": JpegImageFile,
-    b"\x89PNG\r\n\x1a\n": PngImageFile,
-    b"BM": BmpImageFile,
-    b"II": TiffImageFile,
-    b"MM": TiffImageFile,
-    b"RIFF": WebPImageFile,
-}
+IN_MEMORY = 1 << 31
+"""Larger files are decoded from the disk: their bytes are not held beside their pixels."""
+
+PATIENCE = 2.0
+"""Seconds that a file which changes while it is read is waited for."""
+
 _WHITES = (255, 1023, 4095, 16383, 65535)
+_BRIGHTEST = 0.001
 
 
 def read_image(path: Path) -> NDArray[Any]:
-    """The pixels of a JPEG, PNG, BMP, TIFF or WebP file, told by content whatever the suffix says.
+    """The pixels of an image file of any of the `formats`, told by content whatever the suffix says.
 
     The EXIF orientation is applied. Palette, CMYK and 1-bit pictures become RGB or grey; transparency is laid onto
-    black. Colour with 16 bits a channel keeps its upper 8. A multi-picture JPEG, as phones write, gives its first
-    picture. 16-bit values are returned as stored: what counts as white is `Preprocessing.white`.
+    black. Of a multi-picture JPEG or HEIF, as phones write, it is the main picture. 16-bit values of PNG, TIFF and PNM
+    are returned as stored: what counts as white is `Preprocessing.white`. A file that another program is still
+    writing is waited for, `PATIENCE` seconds.
 
     Returns:
-        uint8 (H, W) for grey, uint8 (H, W, 3) for colour, uint16 (H, W) for 16-bit grey.
+        uint8 (H, W) for grey, uint8 (H, W, 3) for colour, uint16 (H, W) or (H, W, 3) for more than 8 bits.
 
     Raises:
-        ImageError: the file is missing, unreadable, empty, damaged, cut off, not a picture, animated, multi-page,
-            of more than `PIXEL_LIMIT` pixels, or its values do not fit 16 bits.
+        ImageError: the file is missing, unreadable, empty, damaged, cut off, not a picture, no regular file, animated,
+            multi-page, of more than `PIXEL_LIMIT` pixels, still being written, or its values do not fit 16 bits.
     """
-    with _opened(path) as image:
-        if image.width * image.height > (Image.MAX_IMAGE_PIXELS or PIXEL_LIMIT):
-            with warnings.catch_warnings():  # only here: PIXEL_LIMIT has judged the size, and catching is process-wide
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                image.load()
-        ImageOps.exif_transpose(image, in_place=True)
+    return read_image_and_digest(path)[0]
 
-        if image.mode == "F":
-            raise ImageError(f"{path}: holds floating-point values; save it as 8- or 16-bit grey")
-        if _is_deep(image):
-            values = np.array(image)
-            low, high = int(values.min()), int(values.max())
-            if low < 0 or high > 65535:
-                raise ImageError(f"{path}: holds values from {low} to {high}; save it as 8- or 16-bit grey")
-            return values.astype(np.uint16, copy=False)
 
-        base = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
-        if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
-            return over_black(np.array(image.convert(base + "A")))
-        return np.array(image if image.mode == base else image.convert(base))
+def read_image_and_digest(path: Path) -> tuple[NDArray[Any], str]:
+    """`read_image`, and the SHA-256, in hexadecimal, of the bytes that these pixels were decoded from.
+
+    Raises:
+        ImageError: as `read_image`.
+    """
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        with _told(path), open_regular(path) as file:
+            before = os.fstat(file.fileno())
+            try:
+                content, digest = _taken(file, before.st_size)
+                pixels = _decoded(content)
+                error = None
+            except Exception as failure:  # of a file that is not whole yet, it may be of any kind
+                error = failure
+            after = os.fstat(file.fileno())
+            settled = (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns)
+            if settled and error is None:
+                return pixels, digest
+            if settled and (time.monotonic() > deadline or not _grows(path, after)):
+                assert error is not None
+                raise error
+        if time.monotonic() > deadline:
+            raise ImageError(f"{path}: is still being written; wait until it is whole, or copy it again")
+        time.sleep(0.05)
+
+
+def _grows(path: Path, seen: os.stat_result) -> bool:
+    """Whether a file that could not be decoded was written so lately that more may come, and does."""
+    if not 0 <= time.time() - seen.st_mtime < PATIENCE:
+        return False
+    time.sleep(0.1)
+    with suppress(OSError):
+        now = path.stat()
+        return (now.st_size, now.st_mtime_ns) != (seen.st_size, seen.st_mtime_ns)
+    return False
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -80,10 +102,10 @@ def image_size(path: Path) -> tuple[int, int]:
     Raises:
         ImageError: as `read_image`, as far as the header tells.
     """
-    with _opened(path) as image:
+    with opened(path) as image:
         width, height = image.size
         # The TIFF reader has turned the size already.
-        if not isinstance(image, TiffImageFile) and image.getexif().get(0x0112) in (5, 6, 7, 8):
+        if not isinstance(image, TiffImageFile) and orientation(image) in (5, 6, 7, 8):
             return width, height
         return height, width
 
@@ -95,51 +117,132 @@ def infer_white(paths: Iterable[Path]) -> int | None:
     their pixels reports them.
 
     Returns:
-        The smallest of 255, 1023, 4095, 16383 and 65535 (8, 10, 12, 14 and 16 bits) that holds the largest value of
-        all 16-bit images; None where there are none.
+        The smallest of 255, 1023, 4095, 16383 and 65535 (8, 10, 12, 14 and 16 bits) that holds the values of all 16-bit
+        images but the brightest thousandth, where the hot pixels of a sensor are; None where there are none.
     """
-    largest = -1
+    counts = np.zeros(65536, np.int64)
     for path in paths:
         try:
-            with _opened(path) as image:
-                deep = _is_deep(image)
+            with opened(path) as image:
+                deep = is_deep(image) or has_deep_colours(image)
             if deep:
-                largest = max(largest, int(read_image(path).max()))
+                pixels = read_image(path)
+                if pixels.dtype == np.uint16:
+                    counts += np.bincount(pixels.ravel(), minlength=65536)
         except ImageError:
             continue
-    return None if largest < 0 else min(white for white in _WHITES if white >= largest)
+    total = int(counts.sum())
+    if total == 0:
+        return None
+    above = total - np.cumsum(counts)  # values over each value
+    largest = int(np.argmax(above <= int(_BRIGHTEST * total)))
+    return min(white for white in _WHITES if white >= largest)
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[ImageFile]:
-    """The picture with its header read and checked; whatever fails while it is open becomes an ImageError."""
+def opened(path: Path) -> Iterator[ImageFile]:
+    """The picture with its header read and checked; whatever fails while it is open becomes an ImageError.
+
+    Raises:
+        ImageError: as `read_image`, as far as the header tells.
+    """
+    with _told(path), open_regular(path) as file:
+        yield _picture(file)
+
+
+def _taken(file: BinaryIO, size: int) -> tuple[BinaryIO, str]:
+    """A file's content, in memory unless it is very large, and its SHA-256."""
+    state = hashlib.sha256()
+    if size <= IN_MEMORY:
+        content = file.read(size)
+        state.update(content)
+        return BytesIO(content), state.hexdigest()
+    while block := file.read(1 << 20):
+        state.update(block)
+    return file, state.hexdigest()
+
+
+def _picture(file: BinaryIO) -> ImageFile:
+    """The picture in an open file, with its header read and checked.
+
+    Raises:
+        ImageError: whose message lacks the path.
+        Exception: of nearly every type, where the file is damaged.
+    """
+    file.seek(0)
+    head = file.read(HEAD)
+    if not head:
+        raise ImageError("is empty (0 bytes); copy it again or leave it out")
+    kind = format_of(head)
+    if kind is None:
+        raise ImageError(f"is not a {FORMATS} picture; convert it or leave it out")
+    image = _open(file, reader_of(kind))
+    if image.width * image.height > PIXEL_LIMIT:
+        raise ImageError(
+            f"has {image.width * image.height} pixels, over the limit of {PIXEL_LIMIT}; cut it into parts or shrink it"
+        )
+    frames = 1 if kind == "HEIF" else getattr(image, "n_frames", 1)
+    if frames > 1:
+        raise ImageError(f"holds {frames} pictures (animated or multi-page); save each to its own file")
+    if isinstance(image, TiffImageFile):
+        refuse_misread(image)
+    return image
+
+
+def _open(file: BinaryIO, reader: type[ImageFile]) -> ImageFile:
+    """The picture with its header read, whatever its EXIF is like."""
+    file.seek(0)
     try:
-        if path.exists() and not path.is_file():
-            raise ImageError(f"{path}: is not a file; give an image, or its folder where a folder is expected")
-        with path.open("rb") as file:
-            start = file.read(16)
-            if not start:
-                raise ImageError(f"{path}: is empty (0 bytes); copy it again or leave it out")
-            reader = next((reader for magic, reader in _READERS.items() if start.startswith(magic)), None)
-            if reader is None:
-                raise ImageError(f"{path}: is not a JPEG, PNG, BMP, TIFF or WebP picture; convert it or leave it out")
-            file.seek(0)
-            image = reader(file)
-            if image.width * image.height > PIXEL_LIMIT:
-                raise ImageError(
-                    f"{path}: has {image.width * image.height} pixels, over the limit of {PIXEL_LIMIT}; "
-                    "cut it into parts or shrink it"
-                )
-            frames = getattr(image, "n_frames", 1)
-            if frames > 1:
-                raise ImageError(f"{path}: holds {frames} pictures (animated or multi-page); save each to its own file")
-            yield image
-    except ImageError:
-        raise
-    except FileNotFoundError as error:
-        raise ImageError(f"{path}: does not exist; check the path") from error
-    except PermissionError as error:
-        raise ImageError(f"{path}: may not be read (permission denied); change its permissions") from error
+        return reader(file)
+    except Exception:  # of nearly every type
+        file.seek(0)
+        without = without_exif(file.read(IN_MEMORY))
+        if without is None:
+            raise
+    content, exif = without
+    image = reader(BytesIO(content))
+    image.info["exif"] = exif
+    return image
+
+
+def _decoded(file: BinaryIO) -> NDArray[Any]:
+    """The pixels of the picture in an open file.
+
+    Raises:
+        ImageError, Exception: as `_picture`.
+    """
+    image = _picture(file)
+    with _large(image):
+        if has_deep_colours(image):
+            pixels: NDArray[Any] = read_deep_colours(image, lambda: _picture(file))
+            return pixels if isinstance(image, TiffImageFile) else turned(pixels, orientation(image))
+        image.load()
+    if not isinstance(image, TiffImageFile):  # whose reader has turned it already
+        return turned(pixels_of(image), orientation(image))
+    undeclared = has_undeclared_sample(image)
+    return as_tagged(pixels_of(image.convert("RGB") if undeclared else image), image, image.mode)
+
+
+@contextmanager
+def _large(image: ImageFile) -> Iterator[None]:
+    """Keeps Pillow from warning of a size that PIXEL_LIMIT has judged."""
+    if image.width * image.height <= (Image.MAX_IMAGE_PIXELS or PIXEL_LIMIT):
+        yield
+        return
+    with warnings.catch_warnings():  # for large pictures only, as catching is process-wide
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        yield
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Whatever fails inside becomes an ImageError that names the file and the remedy."""
+    try:
+        yield
+    except ImageError as error:
+        if str(error).startswith(f"{path}: "):
+            raise
+        raise ImageError(f"{path}: {error}") from error
     except OSError as error:
         if error.errno is None:  # Pillow's own
             raise _undecodable(path, error) from error
@@ -154,7 +257,3 @@ def _undecodable(path: Path, error: Exception) -> ImageError:
         f"{path}: cannot be decoded, damaged or of an unsupported kind ({reason}); "
         "copy it again or save it as 8- or 16-bit grey or RGB"
     )
-
-
-def _is_deep(image: Image.Image) -> bool:
-    return image.mode.startswith("I")

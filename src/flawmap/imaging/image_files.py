@@ -1,20 +1,75 @@
-"""Image files as such, none of them decoded: found below a folder, told apart by their bytes."""
+"""Image files as such, none of them decoded: found below a folder, opened, told apart by their bytes."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import stat
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from flawmap.errors import FlawmapError, ImageError
+from flawmap.imaging.formats import HEAD, format_of
+from flawmap.imaging.own_files import is_own
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".tif", ".tiff", ".webp"),
+    *(".heic", ".heif", ".hif", ".avif", ".jp2", ".j2k", ".jpx", ".gif", ".pgm", ".ppm", ".pbm", ".pnm"),
+)
+
+_OF_FILE_SERVERS = (
+    *("@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "__macosx", "lost+found", "thumbs.db"),
+    *("desktop.ini", "system volume information"),
+)
+_KINDS = {
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 
-def find_images(folder: Path) -> list[Path]:
-    """The image files below a folder, by suffix, sorted by their path relative to it.
+@dataclass(frozen=True)
+class Found:
+    """What lies below a folder.
 
-    Links to folders are followed, each real folder once. Hidden files and folders are left out.
+    Attributes:
+        images: the image files, sorted by their path relative to the folder.
+        passed_over: how many other files there are, by suffix in lower case; "" counts those without.
+        own: how many pictures flawmap itself wrote, which are no parts.
+    """
+
+    images: list[Path]
+    passed_over: dict[str, int]
+    own: int = 0
+
+    def note(self) -> str | None:
+        """A line that says what was passed over; None where nothing was."""
+        notes = []
+        if count := sum(self.passed_over.values()):
+            kinds = ", ".join(f"{suffix or 'no suffix'} {n}" for suffix, n in sorted(self.passed_over.items()))
+            notes.append(f"{_files(count)} passed over, being no image by name: {kinds}")
+        if self.own:
+            notes.append(f"{_files(self.own)} passed over, being written by flawmap itself")
+        return "; ".join(notes) or None
+
+
+def _files(count: int) -> str:
+    return "1 file is" if count == 1 else f"{count} files are"
+
+
+def hidden(name: str) -> bool:
+    """Whether a file or folder of this name is none of the user's: hidden, or a file server's own."""
+    return name.startswith(".") or name.lower() in _OF_FILE_SERVERS
+
+
+def search_folder(folder: Path) -> Found:
+    """The image files below a folder, by suffix, or by content where they have none; and what else there is.
+
+    Links to folders are followed, each real folder once. Hidden files and folders, and those of file servers, are left
+    out and not counted. Heatmaps and maps that flawmap wrote are left out and counted.
 
     Raises:
         FlawmapError: a folder cannot be listed.
@@ -26,6 +81,8 @@ def find_images(folder: Path) -> list[Path]:
         ) from error
 
     found: list[Path] = []
+    passed_over: Counter[str] = Counter()
+    own = 0
     seen: set[str] = set()
     for parent, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
         real = os.path.realpath(parent)
@@ -33,13 +90,70 @@ def find_images(folder: Path) -> list[Path]:
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += (
-            Path(parent, name)
-            for name in files
-            if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES
-        )
-    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+        folders[:] = sorted(name for name in folders if not hidden(name))
+        for path in (Path(parent, name) for name in files if not hidden(name)):
+            if is_own(path):
+                own += 1
+            elif is_image(path):
+                found.append(path)
+            else:
+                passed_over[path.suffix.lower()] += 1
+    return Found(sorted(found, key=lambda path: path.relative_to(folder).as_posix()), dict(passed_over), own)
+
+
+def find_images(folder: Path) -> list[Path]:
+    """The image files below a folder, see `search_folder`.
+
+    Raises:
+        FlawmapError: a folder cannot be listed.
+    """
+    return search_folder(folder).images
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file is taken for an image: by its suffix, or by its content where it has none."""
+    if path.suffix:
+        return path.suffix.lower() in IMAGE_SUFFIXES
+    try:
+        with open_regular(path) as file:
+            return format_of(file.read(HEAD)) is not None
+    except ImageError:
+        return False
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """A file opened for reading, never one whose opening or reading could wait for ever.
+
+    Raises:
+        ImageError: it is missing, may not be read, or is a folder, a FIFO, a socket or a device.
+    """
+    try:
+        # Asked before, because opening a device may do something to it; and of the open file, because it may be
+        # another one by then.
+        _refuse_special(path, path.stat().st_mode)
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        try:
+            _refuse_special(path, os.fstat(handle).st_mode)
+            return os.fdopen(handle, "rb")
+        except BaseException:
+            os.close(handle)
+            raise
+    except FileNotFoundError as error:
+        raise ImageError(f"{path}: does not exist; check the path") from error
+    except PermissionError as error:
+        raise ImageError(f"{path}: may not be read (permission denied); change its permissions") from error
+    except OSError as error:
+        raise ImageError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
+    except ValueError as error:  # a NUL in the name
+        raise ImageError(f"{path!r}: is no path ({error}); check it") from error
+
+
+def _refuse_special(path: Path, mode: int) -> None:
+    if stat.S_ISDIR(mode):
+        raise ImageError(f"{path}: is not a file but a folder; give an image, or its folder where a folder is expected")
+    if not stat.S_ISREG(mode):
+        kind = _KINDS.get(stat.S_IFMT(mode), "something else")
+        raise ImageError(f"{path}: is {kind}, not a file; give an image, or leave it out")
 
 
 def digest(path: Path) -> str:
@@ -50,9 +164,11 @@ def digest(path: Path) -> str:
     """
     state = hashlib.sha256()
     try:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
+        with open_regular(path) as file:
+            left = os.fstat(file.fileno()).st_size
+            while left > 0 and (block := file.read(min(left, 1 << 20))):
                 state.update(block)
+                left -= len(block)
     except OSError as error:
         raise ImageError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
     return state.hexdigest()

@@ -2,28 +2,46 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flawmap.errors import ImageError
-from flawmap.imaging.arrays import as_pixels
+from flawmap.imaging.arrays import as_pixels, is_array
 from flawmap.imaging.captures import capture_statistics
-from flawmap.imaging.decoding import read_image
+from flawmap.imaging.decoding import read_image_and_digest
 from flawmap.imaging.fingerprints import fingerprint
 from flawmap.imaging.placement import Placement
 from flawmap.imaging.preparation import Preparation
 
 BATCH = 8
 
-Source = Path | NDArray[Any]
-"""An image file, or an array as `as_pixels` takes it."""
+Source = Any
+"""An image file (a Path), or an image as `as_pixels` takes it."""
+
+
+def as_source(given: Any) -> Source:
+    """One image as a user gives it: a path, or what `as_pixels` takes.
+
+    Raises:
+        ImageError: it is neither.
+    """
+    if isinstance(given, (bytes, bytearray)):
+        raise ImageError(f"got {type(given).__name__}; give the path of the file, or a NumPy array of its pixels")
+    return Path(given) if isinstance(given, (str, os.PathLike)) else as_pixels(given)
+
+
+def is_several(given: Any) -> TypeGuard[Iterable[Any]]:
+    """Whether a user gives several images: neither a path nor something that stands for one image, right or wrong."""
+    one = isinstance(given, (str, os.PathLike, bytes, bytearray)) or is_array(given)
+    return not one and isinstance(given, Iterable)
 
 
 @dataclass(frozen=True)
@@ -38,6 +56,7 @@ class Picture:
         error: why it could not be read.
         pixels: as they were read; where asked for.
         milliseconds: from its pixels to its windows.
+        digest: SHA-256, in hexadecimal, of the bytes of the file that the pixels came from; None for an array.
     """
 
     path: Path | None
@@ -47,6 +66,7 @@ class Picture:
     error: ImageError | None = None
     pixels: NDArray[Any] | None = None
     milliseconds: float = 0.0
+    digest: str | None = None
 
     @property
     def windows(self) -> int:
@@ -104,7 +124,7 @@ def pack(
         path = source if isinstance(source, Path) else None
         name = "the array" if path is None else str(path)
         try:
-            pixels = read_image(source) if isinstance(source, Path) else as_pixels(source)
+            pixels, digest = read_image_and_digest(path) if path is not None else (as_pixels(source), None)
             start = time.perf_counter()
             statistics = capture_statistics(pixels, prepare.preprocessing.white)
             identifying = fingerprint(pixels, prepare.preprocessing.white) if fingerprints else None
@@ -127,7 +147,9 @@ def pack(
             filled += 1
         taken = 1000 * (time.perf_counter() - start - away)
         kept = pixels if keep_pixels else None
-        batch.pictures.append(Picture(path, placement, statistics, identifying, pixels=kept, milliseconds=taken))
+        batch.pictures.append(
+            Picture(path, placement, statistics, identifying, pixels=kept, milliseconds=taken, digest=digest)
+        )
     batch.inputs = batch.inputs[:filled]
     batch.inside = None if batch.inside is None else batch.inside[:filled]
     if batch.pictures or filled:

@@ -58,6 +58,7 @@ class Inspection:
         placement: the windows.
         unsure_between: (low, high), scores from low to below high are unsure; None where that was not asked for.
         pixels: those that were judged, (H, W) or (H, W, 3), uint8 or uint16; None where they were not asked for.
+        digest: SHA-256, in hexadecimal, of the bytes of the file that was judged; None for an array.
     """
 
     path: Path | None
@@ -74,6 +75,7 @@ class Inspection:
     placement: Placement | None = field(default=None, repr=False)
     unsure_between: tuple[float, float] | None = None
     pixels: NDArray[Any] | None = field(default=None, repr=False)
+    digest: str | None = None
 
     @cached_property
     def anomaly_map(self) -> NDArray[np.float32] | None:
@@ -113,6 +115,7 @@ class Inspection:
             "unsure_between": None if self.unsure_between is None else list(self.unsure_between),
             "regions": [{"box": list(r.box), "area": r.area, "peak": r.peak} for r in self.regions],
             "milliseconds": round(self.milliseconds, 2),
+            "digest": self.digest,
             "error": self.error,
         }
 

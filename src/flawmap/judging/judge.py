@@ -136,6 +136,7 @@ class Judge:
         *,
         checked: bool = True,
         pixels: NDArray[Any] | None = None,
+        digest: str | None = None,
     ) -> Inspection:
         """The verdict on an image from what came of its T windows: the highest score counts.
 
@@ -147,7 +148,7 @@ class Judge:
             milliseconds: what it took.
             refused: why the capture check refuses it, if so.
             checked: whether that means that it is not judged.
-            pixels: of the image, for whoever wants to show what was judged.
+            pixels, digest: of the image, for whoever wants to show, or to prove, what was judged.
         """
         score = float(np.max(scores))
         reason = refused if checked else None
@@ -155,10 +156,12 @@ class Judge:
             reason = "its score is not a finite number"
         if reason is not None:
             told = f"{path or 'the array'}: {reason}"
-            return Inspection(path, "error", size=placement.size, error=told, refused=refused, pixels=pixels)
+            seen: dict[str, Any] = {"size": placement.size, "refused": refused, "pixels": pixels, "digest": digest}
+            return Inspection(path, "error", error=told, **seen)
         known: dict[str, Any] = {
             "refused": refused,
             "pixels": pixels,
+            "digest": digest,
             "score": score,
             "size": placement.size,
             "milliseconds": milliseconds,

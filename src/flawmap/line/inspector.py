@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import deque
@@ -16,10 +17,10 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from flawmap.errors import FlawmapError, lab_is_missing
+from flawmap.errors import FlawmapError, ImageError, lab_is_missing
 from flawmap.imaging.arrays import as_pixels
 from flawmap.imaging.image_files import find_images
-from flawmap.imaging.reading import BATCH, Batch, Picture, pack, read_batches
+from flawmap.imaging.reading import BATCH, Batch, Picture, as_source, is_several, pack, read_batches
 from flawmap.judging.inspection import Inspection
 from flawmap.judging.judge import Judge
 from flawmap.line.engines import Engine
@@ -177,17 +178,18 @@ class Inspector:
     ) -> Inspection | list[Inspection]:
         """Inspects one image (a path, or an array (H, W) or (H, W, 3)), the images of a folder, or a list of them.
 
-        An image file that cannot be read gets the verdict "error". `stream` does the same without holding all results.
+        Pillow pictures, and tensors of an array's shape, are arrays too. An image file that cannot be read gets the
+        verdict "error". `stream` does the same without holding all results.
 
         Raises:
-            ImageError: an array is not an image.
+            ImageError: an array is not an image, or it is neither an image nor a list of them.
         """
-        if isinstance(source, (str, Path)):
+        if isinstance(source, (str, os.PathLike)):
             path = Path(source)
             return list(self.stream(find_images(path))) if path.is_dir() else next(self._inspected([path]))
-        if isinstance(source, np.ndarray):
-            return next(self._inspected([as_pixels(source)]))
-        return list(self._inspected([as_pixels(one) if isinstance(one, np.ndarray) else Path(one) for one in source]))
+        if is_several(source):
+            return list(self._inspected([as_source(one) for one in source]))
+        return next(self._inspected([as_source(source)]))
 
     def predict_batch(self, arrays: Iterable[NDArray[Any]]) -> list[Inspection]:
         """Inspects arrays (H, W) or (H, W, 3), of any sizes, `BATCH` model inputs at a time.
@@ -195,6 +197,8 @@ class Inspector:
         Raises:
             ImageError: one of them is not an image.
         """
+        if not isinstance(arrays, Iterable):
+            raise ImageError(f"got {type(arrays).__name__} as a batch; give a list of arrays")
         return list(self._inspected([as_pixels(array) for array in arrays]))
 
     def stream(
@@ -204,8 +208,13 @@ class Inspector:
 
         What cannot be read, or is no image, gets the verdict "error". With `keep_pixels` each inspection has the pixels
         that were judged: a file may be another when it is read again.
+
+        Raises:
+            ImageError: there is nothing to go through.
         """
-        images = (source if isinstance(source, np.ndarray) else Path(source) for source in sources)
+        if not is_several(sources):
+            raise ImageError(f"got {type(sources).__name__} to stream; give a list of images, as find_images makes one")
+        images = (Path(source) if isinstance(source, (str, os.PathLike)) else source for source in sources)
         return self._judged(self._ahead(read_batches(images, self.card.preparation, keep_pixels=keep_pixels)))
 
     def warm_up(self) -> None:
@@ -284,6 +293,7 @@ class Inspector:
             reason,
             checked=self.capture_check,
             pixels=picture.pixels,
+            digest=picture.digest,
         )
 
 

@@ -22,6 +22,7 @@ from flawmap.datasets import Dataset
 from flawmap.errors import FlawmapError, ImageError
 from flawmap.files import claim_folder, unwritable, write_png
 from flawmap.imaging.decoding import infer_white, read_image
+from flawmap.imaging.deep_colours import png_of_deep_colours
 from flawmap.imaging.image_files import find_images
 from flawmap.imaging.masks import read_mask, resize_mask
 from flawmap.synthesis.contact_sheet import contact_sheet
@@ -179,7 +180,7 @@ class _Maker:
         )
         if defect.kind != "none":
             image, mask = _names(self.output, number, defect.kind)
-            write_png(image, Image.fromarray(defect.image))
+            _write(image, defect.image)
             write_png(mask, Image.fromarray(defect.mask.astype(np.uint8) * np.uint8(255)))
         return defect.kind
 
@@ -207,8 +208,19 @@ def _write_good(folder: Path, size: int | None, task: tuple[int, Path]) -> str |
     if size is None:
         shutil.copyfile(path, folder / f"{name}{path.suffix.lower()}")
     else:
-        write_png(folder / f"{name}.png", Image.fromarray(_resized(pixels, size)))
+        _write(folder / f"{name}.png", _resized(pixels, size))
     return None
+
+
+def _write(path: Path, pixels: NDArray[Any]) -> None:
+    """As `write_png`, of an image in any of flawmap's arrays."""
+    if pixels.dtype != np.uint16 or pixels.ndim == 2:
+        write_png(path, Image.fromarray(pixels))
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(png_of_deep_colours(pixels))
+    partial.replace(path)
 
 
 def _resized(pixels: NDArray[Any], longer: int) -> NDArray[Any]:
@@ -216,9 +228,11 @@ def _resized(pixels: NDArray[Any], longer: int) -> NDArray[Any]:
     size = (max(1, round(pixels.shape[1] * scale)), max(1, round(pixels.shape[0] * scale)))
     if pixels.dtype == np.uint8:
         return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR))
-    plane = Image.fromarray(pixels.astype(np.float32)).resize(size, Image.Resampling.BILINEAR)
-    values: NDArray[Any] = np.asarray(plane).round().astype(pixels.dtype)
-    return values
+    # Pillow has no floating-point mode of several channels.
+    channels = [pixels] if pixels.ndim == 2 else [pixels[:, :, channel] for channel in range(3)]
+    floats = [Image.fromarray(plane.astype(np.float32)) for plane in channels]
+    planes = [np.asarray(plane.resize(size, Image.Resampling.BILINEAR)).round() for plane in floats]
+    return (planes[0] if len(planes) == 1 else np.dstack(planes)).astype(pixels.dtype)
 
 
 def _names(output: Path, number: int, kind: str) -> tuple[Path, Path]:
