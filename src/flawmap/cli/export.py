@@ -41,12 +41,14 @@ def export_command(
     The file is read back and held against MODEL on images before it takes its name. Where it would say something that
     rounding does not explain, nothing is written.
     """
-    from flawmap.cli.options import check_output, parse_settings
+    from flawmap.cli.options import check_model_output, check_outputs, parse_settings
     from flawmap.cli.progress import ProgressLines, quiet_libraries
+    from flawmap.imaging.image_files import find_images
 
     quiet_libraries()
     moved: dict[str, Any] = dict(parse_settings(settings))
-    check_output(output)
+    check_model_output(output)
+    check_outputs({"-o": output}, [model, *(find_images(check) if check is not None and check.is_dir() else [])])
     from flawmap.detector import Detector
     from flawmap.export import export
 

@@ -10,18 +10,21 @@ import click
 
 if TYPE_CHECKING:
     from flawmap.datasets import Dataset
-    from flawmap.detector import Detector
 
 log = logging.getLogger(__name__)
 
-_SHOWN = 12  # atypical images in the report
 _FEW = 20  # images; fewer do not calibrate
 
 
 @click.command("train")
 @click.argument("data", type=click.Path(path_type=Path))
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path, dir_okay=False), required=True, help="Model file to write."
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="MODEL",
+    help="Model file to write.  [default: the name of DATA, or the category's, with .safetensors, in the current "
+    "folder; an earlier model of that name is replaced, any other file is not]",
 )
 @click.option("--category", help="One category of a data set root.")
 @click.option("--method", default="auto", show_default=True, help="See `flawmap methods`; auto chooses one.")
@@ -92,7 +95,7 @@ _FEW = 20  # images; fewer do not calibrate
 @click.option("--strict", is_flag=True, help="Stop at the first image that cannot be read.")
 def train_command(
     data: Path,
-    output: Path,
+    output: Path | None,
     category: str | None,
     settings: tuple[str, ...],
     keep_aspect: bool,
@@ -116,15 +119,25 @@ def train_command(
 
     DATA is a folder of good images, a folder with good/ and bad/, a data set in the MVTec AD layout, or a CSV file.
     """
-    from flawmap.cli.options import check_output, parse_grid, parse_settings
+    from flawmap.cli.options import (
+        beside,
+        check_model_output,
+        check_output,
+        check_outputs,
+        default_model,
+        files_of,
+        parse_grid,
+        parse_settings,
+        say_what_is_replaced,
+    )
     from flawmap.cli.progress import ProgressLines, quiet_libraries
+    from flawmap.cli.training_report import notes, threshold_lines, write_report
 
     quiet_libraries()
-    html = html or output.with_suffix(".html")
-    for target in (output, html):
-        check_output(target)
-    if html == output:
-        raise click.BadParameter(f"{html} is the model's name too", param_hint="--html")
+    output = output or default_model(data, category)
+    check_model_output(output)
+    html = html or beside(output)
+    check_output(html, "--html")
     if drop_atypical < 0:
         raise click.BadParameter(f"{drop_atypical} is negative", param_hint="--drop-atypical")
     if (grids or oracle) and not tune:
@@ -141,6 +154,10 @@ def train_command(
     from flawmap.datasets import find_dataset
 
     dataset = find_dataset(data, category)
+    given = [options[name] for name in ("weights", "roi", "register") if options[name] is not None]
+    check_outputs({"-o": output, "--html": html}, [*map(Path, given), *files_of(dataset)])
+    check_outputs({"--html": html}, [update])  # a model may be updated in its place
+    say_what_is_replaced(output)
     click.echo(dataset.describe())
     if shots is not None:
         dataset = _drawn(dataset, shots, **options)
@@ -180,7 +197,7 @@ def train_command(
         write_report(html, detector, dataset)
     if tuning is not None:
         click.echo(tuning.describe())
-    for line in [*_thresholds(detector), *_notes(detector, update is not None)]:
+    for line in [*threshold_lines(detector), *notes(detector, update is not None)]:
         click.echo(line)
     click.echo(
         f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB, engine {detector.training_['engine']}) and {html}"
@@ -242,77 +259,3 @@ def _refuse_beside_update(context: click.Context) -> None:
     ]
     if given:
         raise click.UsageError(f"--update keeps the model's settings: leave {' and '.join(given)} out")
-
-
-def _thresholds(detector: Detector) -> list[str]:
-    """The threshold kept, which image sets the conformal one, and where the other one would lie, in a line each."""
-    from flawmap.errors import FlawmapError
-    from flawmap.report.wording import short_path
-
-    rate, calibration, tail = detector.max_false_reject, detector.calibration_, detector.guarantee == "tail"
-    lines = [detector.threshold_.describe()]
-    if tail:
-        lines.append(f"not used: {calibration.threshold(rate).describe()}")
-    decisive = calibration.decisive(rate, "marginal" if tail else detector.guarantee)
-    if decisive is not None:
-        paths = [one.path for one in detector.atypical_ if one.score == decisive.score]
-        lines.append(
-            f"the {'conformal ' if tail else ''}threshold is set by {short_path(paths[0]) if paths else 'one image'} "
-            f"(score {decisive.score:.6g}); without it it would be {decisive.without:.6g}"
-        )
-    if not tail:
-        try:
-            lines.append(f"not used, --tail keeps it: {calibration.threshold(rate, 'tail').describe()}")
-        except FlawmapError as refusal:
-            lines.append(f"no threshold from the tail: {refusal}")
-    return lines
-
-
-def _notes(detector: Detector, updated: bool) -> list[str]:
-    """What the user should know of the images, in a line each."""
-    if updated:
-        return []
-    notes = []
-    if detector.atypical_:
-        most = ", ".join(f"{one.path.name} ({one.score:.4g})" for one in detector.atypical_[:3])
-        notes.append(f"most unusual good images: {most}; look at them in the report, --drop-atypical N leaves N out")
-    if detector.near_duplicates_:
-        count = sum(len(group) - 1 for group in detector.near_duplicates_)
-        notes.append(
-            f"{count} images show what another one shows (see the report): they add little, and the rate above holds "
-            "only for parts as alike"
-        )
-    return notes
-
-
-def write_report(path: Path, detector: Detector, dataset: Dataset) -> None:
-    """The page that training ends with."""
-    from flawmap.datasets.duplicates import in_train_and_test
-    from flawmap.errors import ImageError
-    from flawmap.imaging.decoding import read_image
-    from flawmap.report.pictures import take_picture
-    from flawmap.report.training_page import AtypicalPicture, Learnt, LeftOut, write_training_page
-
-    scale = detector.heat_scale()
-    unusual = detector.atypical_[:_SHOWN]
-    pictures = []
-    for one, inspection in zip(unusual, detector.stream([one.path for one in unusual]), strict=True):
-        try:
-            picture = None if scale is None else take_picture(read_image(one.path), inspection, scale)
-        except ImageError:  # gone since it was read
-            picture = None
-        pictures.append(AtypicalPicture(one.path, one.score, one.p_value, picture))
-    left_out = []
-    for error in detector.left_out_:
-        name, _, reason = str(error).partition(": ")
-        left_out.append(LeftOut(Path(name), reason))
-    write_training_page(
-        path,
-        detector.settings() | {"data": dataset.name},
-        Learnt(detector.sizes_, left_out, pictures, detector.near_duplicates_, in_train_and_test(dataset)),
-        detector.calibration_,
-        detector.threshold_,
-        scale=scale,
-        pixel_threshold=detector.pixel_threshold_,
-        config=detector.method_.config.model_dump(mode="json"),
-    )

@@ -43,11 +43,11 @@ def tune_command(
     Synthetic defects are made in good images of DATA that MODEL was not fitted on; the settings at which they stand out
     most are written to a new model file, calibrated on good images that did not serve the choice.
     """
-    from flawmap.cli.options import check_output, parse_grid
+    from flawmap.cli.options import check_model_output, check_outputs, files_of, parse_grid
     from flawmap.cli.progress import ProgressLines, quiet_libraries
 
     quiet_libraries()
-    check_output(output)
+    check_model_output(output)
     grid = {}
     for key, values in parse_grid(grids).items():
         try:
@@ -58,6 +58,7 @@ def tune_command(
     from flawmap.datasets import find_dataset
 
     dataset = find_dataset(data, category)
+    check_outputs({"-o": output}, [model, *files_of(dataset)])
 
     from flawmap.detector import Detector
     from flawmap.tuning.live import tune
