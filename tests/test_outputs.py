@@ -43,6 +43,14 @@ def contents(folder):
 @pytest.mark.parametrize(
     "command",
     [
+        "evaluate m.safetensors parts --json m.safetensors",
+        "evaluate m.safetensors parts --json link",
+        "evaluate m.safetensors parts --html ./parts/../m.safetensors",
+        "evaluate m.safetensors parts --html parts/test/good/000.png",
+        "evaluate m.safetensors parts --json new --html ./new",
+        "inspect m.safetensors parts --coco m.safetensors",
+        "inspect m.safetensors parts --coco parts/test/good/000.png",
+        "inspect m.safetensors parts/test/good/000.png --coco parts/test/good/000.png",
         "train parts -o parts/train/good/000.png",
         "train parts -o new.safetensors --html parts/test/good/001.png",
         "train parts -o new --html new",

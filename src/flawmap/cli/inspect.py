@@ -71,7 +71,7 @@ def inspect_command(
 
     With -o, each image gets a heatmap <name>_overlay.png and a 16-bit map <name>_map.png, below the same folders.
     """
-    from flawmap.cli.options import check_output, parse_settings
+    from flawmap.cli.options import check_output, check_outputs, parse_settings
     from flawmap.cli.progress import quiet_libraries
 
     quiet_libraries()
@@ -83,7 +83,7 @@ def inspect_command(
     if tail and guarantee is not None:
         raise click.UsageError("a tail promises nothing: give --tail or --guarantee, not both")
     if coco is not None:
-        check_output(coco)
+        check_output(coco, "--coco")
     from flawmap.errors import FlawmapError
     from flawmap.imaging.image_files import find_images
 
@@ -93,6 +93,7 @@ def inspect_command(
         if source.is_dir() and not below:
             raise FlawmapError(f"{source} holds no images: give a folder or files of JPEG, PNG, BMP, TIFF or WebP")
         found += below or [(source, Path(source.name))]
+    check_outputs({"--coco": coco}, [model, *(path for path, _ in found)])
     taken: dict[Path, Path] = {}
     for path, name in found:
         if output is not None and taken.setdefault(name, path) != path:
