@@ -30,6 +30,7 @@ from flawmap.learning.data import Announce, Progress, quiet, silent
 from flawmap.learning.fitting import SHORT, Atypical, Recipe, extraction_engine, fit
 from flawmap.learning.latents import Latents
 from flawmap.learning.updating import update
+from flawmap.learning.workspace import Workspace
 from flawmap.line import Inspector
 from flawmap.line.engines import Engine, check_engine
 from flawmap.line.evaluating import evaluate_inspector
@@ -139,6 +140,7 @@ class Detector:
         self.digest_: str | None = None
         self._judge = Judge(max_false_reject, guarantee)
         self._mode = ""
+        self._workspace: Workspace | None = None
         self._engine: Engine | None = None
         self._inspector: Inspector | None = None
 
@@ -198,7 +200,8 @@ class Detector:
             category: of a data set root.
             strict: stop at the first image that cannot be read.
             drop_atypical: leave out so many images that the calibration finds most unusual, then fit again.
-            workspace: a folder for features and checkpoints, deleted when all is done; a temporary one by default.
+            workspace: a folder for features and checkpoints, deleted by `save`; a temporary one by default. One process
+                at a time works in it.
             resume: go on with what an interrupted `fit` left in `workspace`, to the same result.
             progress, announce: are told how it goes.
 
@@ -243,6 +246,7 @@ class Detector:
         self.near_duplicates_ = fitted.near_duplicates
         self.left_out_ = fitted.left_out
         self.sizes_ = fitted.sizes
+        self._workspace = fitted.workspace
         self._calibrate_anew(fitted.calibration)
         return self
 
@@ -510,6 +514,8 @@ class Detector:
     def save(self, path: str | Path) -> None:
         """Writes one .safetensors file with everything that inspection needs, the backbone's weights included.
 
+        When it is on the disk, the workspace of `fit` is deleted.
+
         Raises:
             FlawmapError: the file cannot be written.
         """
@@ -522,6 +528,9 @@ class Detector:
                 kept[f"{_LATENTS}inside"] = self.latents_.inside
         self._inspector = None
         self.digest_ = write_model(Path(path), {**self.method_.state_dict(), **kept}, metadata)
+        if self._workspace is not None:
+            self._workspace.delete()
+            self._workspace = None
 
     def card(self) -> ModelCard:
         """What a model file says of this detector beside its tensors."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +93,11 @@ _FEW = 20  # images; fewer do not calibrate
     help="Learn DATA on top of what MODEL knows; its settings stay.",
 )
 @click.option("--resume", is_flag=True, help="Go on with an interrupted training of the same output.")
+@click.option(
+    "--discard",
+    is_flag=True,
+    help="Start anew: delete what an interrupted training of the same output left, and leave nothing on Ctrl-C.",
+)
 @click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Report to write.  [default: beside -o]")
 @click.option("--strict", is_flag=True, help="Stop at the first image that cannot be read.")
 def train_command(
@@ -110,6 +117,7 @@ def train_command(
     drop_atypical: int,
     update: Path | None,
     resume: bool,
+    discard: bool,
     html: Path | None,
     strict: bool,
     tail: bool,
@@ -146,6 +154,8 @@ def train_command(
         if click.get_current_context().get_parameter_source("guarantee") is not click.core.ParameterSource.DEFAULT:
             raise click.UsageError("a tail promises nothing: give --tail or --guarantee, not both")
         options["guarantee"] = "tail"
+    if resume and discard:
+        raise click.UsageError("give --resume to go on, or --discard to start anew, not both")
     grid = _searched(parse_grid(grids))
     own = {"epochs": epochs, "views": views}
     chosen: dict[str, Any] = {**parse_settings(settings), **{k: v for k, v in own.items() if v is not None}}
@@ -166,7 +176,8 @@ def train_command(
     from flawmap.methods import automatic
 
     tuning = None
-    with ProgressLines() as progress:
+    workspace = output.with_name(output.name + ".training")
+    with ProgressLines() as progress, _discarding(workspace) if discard else nullcontext():
         told: dict[str, Any] = {
             "strict": strict,
             "progress": progress,
@@ -179,7 +190,6 @@ def train_command(
             from flawmap.imaging.geometry import Geometry
 
             geometry = Geometry.from_options(keep_aspect, crop, tile)
-            workspace = output.with_name(output.name + ".training")
             told |= {"workspace": workspace, "resume": resume, "drop_atypical": drop_atypical}
             settled = {"geometry": geometry, **options, **chosen}
             if tune:
@@ -202,6 +212,19 @@ def train_command(
     click.echo(
         f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB, engine {detector.training_['engine']}) and {html}"
     )
+
+
+@contextmanager
+def _discarding(workspace: Path) -> Iterator[None]:
+    """Deletes what lies in the workspace first, and where the user ends it with Ctrl-C."""
+    from flawmap.learning.workspace import discard
+
+    discard(workspace)
+    try:
+        yield
+    except KeyboardInterrupt:
+        discard(workspace)
+        raise
 
 
 def _searched(grid: dict[str, list[str]]) -> dict[str, list[Any]]:
