@@ -34,7 +34,7 @@ from flawmap.learning.workspace import Workspace
 from flawmap.line import Inspector
 from flawmap.line.engines import Engine, check_engine
 from flawmap.line.evaluating import evaluate_inspector
-from flawmap.line.model_card import ModelCard
+from flawmap.line.model_card import ModelCard, check_model_path
 from flawmap.methods import Method, automatic, configure, method_class
 from flawmap.model_file import read_model, write_model
 from flawmap.report.overlays import HeatScale
@@ -557,6 +557,7 @@ class Detector:
         Raises:
             FlawmapError: it is missing, damaged, edited, of a newer format, or its method is unknown here.
         """
+        check_model_path(Path(path))
         tensors, metadata, digest = read_model(Path(path))
         try:
             if "latents" in metadata:

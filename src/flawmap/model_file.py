@@ -57,8 +57,10 @@ def read_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
     """
     from safetensors import SafetensorError, safe_open
 
-    if not path.is_file():
+    if not path.exists():
         raise FlawmapError(f"model file {path} does not exist: train one with `flawmap train DATA -o {path}`")
+    with reading(path):
+        pass  # told from a pipe or a device, which the library below would wait for
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
