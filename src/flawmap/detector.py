@@ -22,7 +22,7 @@ from flawmap.graph import InspectionGraph
 from flawmap.imaging.captures import CaptureLimits
 from flawmap.imaging.geometry import Geometry
 from flawmap.imaging.preparation import Preparation, read_region, read_template
-from flawmap.judging.calibration import Calibration, Threshold
+from flawmap.judging.calibration import GUARANTEES, Calibration, Threshold
 from flawmap.judging.evaluation import EvaluationReport
 from flawmap.judging.inspection import Inspection
 from flawmap.judging.judge import Judge
@@ -37,6 +37,7 @@ from flawmap.line.evaluating import evaluate_inspector
 from flawmap.line.model_card import ModelCard, check_model_path
 from flawmap.methods import Method, automatic, configure, method_class
 from flawmap.model_file import read_model, write_model
+from flawmap.ranges import SEEDS, SIDES, rate, whole
 from flawmap.report.overlays import HeatScale
 
 log = logging.getLogger(__name__)
@@ -115,18 +116,22 @@ class Detector:
         self.config = configure(self._method_class, settings, preset)
         self.backbone = backbone
         self.weights = weights
-        self.image_size = (image_size, image_size) if isinstance(image_size, int) else image_size
+        sides = image_size if isinstance(image_size, (tuple, list)) else (image_size, image_size)
+        if len(sides) != 2:
+            raise FlawmapError(f"image_size is {image_size}: give a side, or (height, width)")
+        self.image_size = (whole("--image-size", sides[0], SIDES), whole("--image-size", sides[1], SIDES))
         self._size = self.geometry.input_size(self.image_size)
         self._region = read_region(Path(roi)) if isinstance(roi, (str, Path)) else roi
         self._template = None if register is None else read_template(Path(register))
-        if min(self._size) < 32:
-            raise FlawmapError(f"image size {image_size} is too small: give at least 32 pixels")
-        if not 0 < max_false_reject < 1:
-            raise FlawmapError(f"--max-false-reject must lie between 0 and 1, got {max_false_reject}")
+        for side in self._size:  # of the crop, where there is one
+            whole("the side of the model's input", side, SIDES)
+        max_false_reject = rate("--max-false-reject", max_false_reject)
+        if guarantee not in GUARANTEES:
+            raise FlawmapError(f"unknown guarantee {guarantee}: choose {', '.join(GUARANTEES)}")
         check_engine(engine)
         self.engine = engine
         self.device = _device(device)
-        self.seed = seed
+        self.seed = whole("--seed", seed, SEEDS)
         self.calibration = calibration
         self.method_: Method
         self.preparation_: Preparation
@@ -209,6 +214,7 @@ class Detector:
             FlawmapError: there are fewer than two good images, `workspace` holds an interrupted training and `resume`
                 is not asked for or does not fit, or what `Detector` raises late: weights, memory, disk.
         """
+        drop_atypical = whole("--drop-atypical", drop_atypical, (0, 10**9))
         recipe = Recipe(
             self.method,
             self._method_class,

@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from flawmap.cli.options import Finite
+
 
 @click.command("export")
 @click.argument("model", type=click.Path(path_type=Path))
@@ -25,7 +27,7 @@ import click
 )
 @click.option(
     "--max-drop",
-    type=click.FloatRange(0, 1),
+    type=Finite(0, 1),
     default=0.01,
     show_default=True,
     help="How much less synthetic defects may stand out in 8-bit numbers, of 1.",

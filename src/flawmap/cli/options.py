@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from flawmap.ranges import LOWEST_RATE, SCORES, SEEDS, SIDES
+
 if TYPE_CHECKING:
     from flawmap.datasets import Dataset
+
+
+class Finite(click.FloatRange):
+    """A number within limits; click's own lets NaN through."""
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Any:
+        number = super().convert(value, param, context)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, context)
+        return number
+
+
+SEED = click.IntRange(*SEEDS)
+SIDE = click.IntRange(*SIDES)
+RATE = Finite(LOWEST_RATE, 1, max_open=True)
+SCORE = Finite(*SCORES)
 
 
 def parse_settings(pairs: tuple[str, ...]) -> dict[str, str]:

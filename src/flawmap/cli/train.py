@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from flawmap.cli.options import RATE, SEED, SIDE
 
 if TYPE_CHECKING:
     from flawmap.datasets import Dataset
@@ -35,7 +38,9 @@ _FEW = 20  # images; fewer do not calibrate
     "--backbone", default="tf_efficientnet_lite0", show_default=True, help="Any timm name; see `flawmap backbones`."
 )
 @click.option("--weights", help="Local weight file of the backbone, .safetensors or .pth; `random` for tests.")
-@click.option("--image-size", default=256, show_default=True, help="Side that images (or tiles) are resized to.")
+@click.option(
+    "--image-size", type=SIDE, default=256, show_default=True, help="Side that images (or tiles) are resized to."
+)
 @click.option("--keep-aspect", is_flag=True, help="Keep the aspect ratio: the short side is padded.")
 @click.option("--crop", type=int, metavar="N", help="Use the centre N x N of the resized image only.")
 @click.option("--tile", metavar="SIZE[,OVERLAP]", help="Cut images into windows of SIZE original pixels.")
@@ -53,8 +58,10 @@ _FEW = 20  # images; fewer do not calibrate
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A setting of the method; repeatable.")
 @click.option("--engine", default="auto", show_default=True, help="auto, openvino, onnxruntime or torch.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
-@click.option("--seed", default=0, show_default=True, help="Of everything random.")
-@click.option("--max-false-reject", default=0.01, show_default=True, help="Share of good parts that may be rejected.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of everything random.")
+@click.option(
+    "--max-false-reject", type=RATE, default=0.01, show_default=True, help="Share of good parts that may be rejected."
+)
 @click.option(
     "--guarantee",
     type=click.Choice(["marginal", "confidence"]),
@@ -71,7 +78,7 @@ _FEW = 20  # images; fewer do not calibrate
     show_default=True,
     help="loo (leave one out), holdout, crossfit, or a folder of further good images.",
 )
-@click.option("--shots", type=int, metavar="K", help="Learn from K of the good images, drawn by --seed.")
+@click.option("--shots", type=click.IntRange(2), metavar="K", help="Learn from K of the good images, drawn by --seed.")
 @click.option(
     "--tune", is_flag=True, help="Choose settings on synthetic defects first, fitting anew for each; see --grid."
 )
@@ -85,7 +92,9 @@ _FEW = 20  # images; fewer do not calibrate
     "without it is tried too.  [default: two sizes and some levels]",
 )
 @click.option("--oracle", is_flag=True, help="With --tune: also print what each choice reaches on the test labels.")
-@click.option("--drop-atypical", default=0, metavar="N", help="Leave out the N most unusual good images.")
+@click.option(
+    "--drop-atypical", type=click.IntRange(0), default=0, metavar="N", help="Leave out the N most unusual good images."
+)
 @click.option(
     "--update",
     type=click.Path(path_type=Path),
@@ -146,8 +155,6 @@ def train_command(
     check_model_output(output)
     html = html or beside(output)
     check_output(html, "--html")
-    if drop_atypical < 0:
-        raise click.BadParameter(f"{drop_atypical} is negative", param_hint="--drop-atypical")
     if (grids or oracle) and not tune:
         raise click.BadParameter("chooses nothing without --tune", param_hint="--grid" if grids else "--oracle")
     if tail:
@@ -259,7 +266,8 @@ def _drawn(dataset: Dataset, shots: int, *, seed: int, calibration: str, **optio
     from flawmap.datasets.shots import draw_shots
 
     drawn = draw_shots(dataset, shots, seed)
-    names = ", ".join(str(sample.path.relative_to(dataset.root)) for sample in drawn.train)
+    root = dataset.root if dataset.root.is_dir() else dataset.root.parent  # of a table
+    names = ", ".join(os.path.relpath(sample.path, root) for sample in drawn.train)
     click.echo(f"shots: {shots} of {len(dataset.train)} good images, drawn by seed {seed}: {names}")
     if shots < _FEW and calibration in ("auto", "loo", "holdout", "crossfit"):
         log.warning(

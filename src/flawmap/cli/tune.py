@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from flawmap.cli.options import SEED
+
 
 @click.command("tune")
 @click.argument("model", type=click.Path(path_type=Path))
@@ -22,7 +24,7 @@ import click
     help="Values to try of a setting; repeatable.  [default: all]",
 )
 @click.option("--oracle", is_flag=True, help="Also print what each choice reaches on the test labels of DATA.")
-@click.option("--seed", default=0, show_default=True, help="Of the synthetic defects.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the synthetic defects.")
 @click.option("--engine", default="auto", show_default=True, help="auto, openvino, onnxruntime or torch.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 def tune_command(

@@ -234,7 +234,9 @@ class TrainingData:
         number = (row - self._cache.images[self.digests[image]].start) // self.views.count
         pixels = read_image(self.paths[image])
         placement = self.prepare.place(pixels)
-        found = next(x for i, x in enumerate(self.prepare.inputs(pixels, placement)) if i == number)
+        found = next((x for i, x in enumerate(self.prepare.inputs(pixels, placement)) if i == number), None)
+        if found is None:
+            raise FlawmapError(f"{self.paths[image]}: was changed while it was being learnt from; train again")
         return self.prepare.preprocessing.normalised(found), placement.inside()[number]
 
     def pixels(self, row: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:

@@ -16,6 +16,7 @@ from flawmap.imaging.captures import CaptureLimits
 from flawmap.imaging.image_files import IMAGE_SUFFIXES
 from flawmap.imaging.preparation import Preparation
 from flawmap.judging.calibration import GUARANTEES, Calibration, Threshold
+from flawmap.ranges import rate
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,9 @@ class ModelCard:
         """
         kept = content["calibration"]
         scores, peaks = np.array(kept["scores"], np.float32), np.array(kept["peaks"], np.float32)
-        if content["guarantee"] not in GUARANTEES or not 0 < float(content["max_false_reject"]) < 1:
-            raise ValueError("the false-reject rate or its guarantee is unknown")
+        kept_rate = rate("max_false_reject", content["max_false_reject"])
+        if content["guarantee"] not in GUARANTEES:
+            raise ValueError("its guarantee is unknown")
         training = content["training"]
         if not {"images", "seed", "engine"} <= training.keys():
             raise KeyError("training")
@@ -95,7 +97,7 @@ class ModelCard:
             Preparation.from_json(content["preparation"], arrays),
             CaptureLimits.from_json(content["captures"]),
             Calibration(scores, peaks, kept["mode"]),
-            float(content["max_false_reject"]),
+            kept_rate,
             content["guarantee"],
             dict(training),
             bool(content["localises"]),
