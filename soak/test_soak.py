@@ -115,6 +115,48 @@ def test_a_training_killed_at_any_moment_goes_on_to_the_same_bytes(
     assert "midway" in moments
 
 
+KILLED_AT = """
+import os, sys
+left, below = int(sys.argv.pop(1)), sys.argv.pop(1)
+changes = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree"}
+def count(event, arguments):
+    global left
+    if event in changes or event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR):
+        if any(below in str(one) for one in arguments):
+            left -= 1
+            if left < 0:
+                os._exit(9)
+sys.addaudithook(count)
+sys.argv[0] = "flawmap"
+from flawmap.cli import main
+main()
+"""
+"""`flawmap` in a process that ends, as by a kill, before its n-th change of a file below a place."""
+
+
+def test_killed_before_any_change_of_a_file(parts: Path, tmp_path: Path) -> None:
+    """200 moments at which files change, one after the other: nothing is lost at any."""
+    options = ["train", str(parts), "--image-size", "64", "--seed", "1", "--method", "padim", "--engine", "torch"]
+    whole = tmp_path / "whole.safetensors"
+    subprocess.run([sys.executable, "-m", "flawmap", *options, "-o", str(whole)], check=True, capture_output=True)
+    kills = 0
+    for moment in range(max(1, round(200 * SHARE))):
+        output = tmp_path / f"m{moment}.safetensors"
+        command = [sys.executable, "-c", KILLED_AT, str(moment), output.stem, *options, "-o", str(output)]
+        killed = subprocess.run(command, capture_output=True, text=True, check=False)
+        kills += killed.returncode == 9
+        assert not output.exists() or output.read_bytes() == whole.read_bytes(), moment
+        again = [sys.executable, "-m", "flawmap", *options, "-o", str(output), "--resume"]
+        done = subprocess.run(again, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert output.read_bytes() == whole.read_bytes(), moment
+        assert not output.with_name(output.name + ".training").exists()
+        if killed.returncode == 0:
+            break  # there are no more
+    print(f"killed at {kills} moments")
+    assert kills > 0
+
+
 def test_twenty_thousand_corruptions() -> None:
     """Those of tests/test_fuzz.py, ten times as many."""
     fuzz = Path(__file__).parents[1] / "tests" / "test_fuzz.py"

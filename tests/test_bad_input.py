@@ -600,7 +600,11 @@ def test_training_where_the_disk_is_full(flawmap, parts, tmp_path, size):
         result = flawmap("train", parts, "-o", output, *SMALL)
     check_refused(result, tmp_path)
     assert re.search("free some space|choose another place", result[2])
-    assert list(tmp_path.iterdir()) == []
+    assert not output.exists()
+    assert bool(list(tmp_path.iterdir())) == (size == 300_000)  # whose features are whole
+    code, _, err = flawmap("train", parts, "-o", output, "--resume", *SMALL)
+    assert code == 0, err
+    assert ("features ..." in err) == (size < 300_000)
 
 
 def test_writing_results_where_the_disk_is_full(flawmap, small_model, parts, tmp_path):

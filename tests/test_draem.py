@@ -4,11 +4,13 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from PIL import Image
 from scipy.ndimage import rotate
 
-from flawmap import Detector
+from flawmap import Detector, FlawmapError
 from flawmap.backbones import create_backbone
 from flawmap.backbones.tracing import to_onnx
+from flawmap.imaging.geometry import Geometry
 from flawmap.methods.blocks.pixel_losses import focal, ssim
 from flawmap.methods.draem import DRAEM, Autoencoder, DRAEMConfig, discriminative, rotated
 from synthetic_batches import batch
@@ -118,3 +120,19 @@ def test_training_from_images_to_a_verdict(drawn):
     found = detector.predict(drawn / "test" / "good" / "000.png")
     assert 0 <= found.score <= 1
     assert found.anomaly_map.shape == (128, 128)
+
+
+def test_an_image_that_shrinks_while_it_is_learnt_from_is_named(tmp_path):
+    rng = np.random.default_rng(0)
+    for number, side in enumerate((200, 64, 100, 130)):
+        Image.fromarray(rng.integers(0, 255, (side, side, 3), dtype=np.uint8)).save(tmp_path / f"{number}.png")
+
+    def shrink(what, done, total):
+        if what == "features" and done == total:
+            for number in (0, 2, 3):
+                Image.new("RGB", (40, 40), "red").save(tmp_path / f"{number}.png")
+
+    tiles = Geometry.from_options(False, None, "64")
+    detector = Detector("draem", image_size=64, geometry=tiles, max_steps=4, width=4, batch_size=2, engine="torch")
+    with pytest.raises(FlawmapError, match=r"\d.png: was changed while it was being learnt from"):
+        detector.fit(tmp_path, progress=shrink)

@@ -180,4 +180,73 @@ def test_records_are_kept_as_json(tmp_path):
     record = {"size": [40, 30], "quality": None, "statistics": [0.1, 1e-9], "name": "Prüfung\n1"}
     cache.commit("a", 1, record)
     assert FeatureCache(tmp_path, "one").records == {"a": record}
-    assert json.loads((tmp_path / "index").read_text()) == ["a", 1, record]
+    assert json.loads((tmp_path / "index").read_text())[:3] == ["a", 1, record]
+
+
+def changed(path, position):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["level0", "level1", "level2", "index"])
+@pytest.mark.parametrize("how", ["a bit", "zeroed"])
+def test_what_was_changed_is_dropped_and_told(tmp_path, caplog, name, how):
+    written = fill(FeatureCache(tmp_path, "one"), IMAGES)
+    path = tmp_path / name
+    size = path.stat().st_size
+    if how == "a bit":
+        changed(path, size // 2)
+    else:
+        path.write_bytes(path.read_bytes()[: size // 2] + bytes(size - size // 2))
+    again = FeatureCache(tmp_path, "one")
+    kept = list(again.images)
+    assert kept == list(IMAGES)[: len(kept)]
+    assert 0 < len(kept) < len(IMAGES)
+    for digest in kept:
+        assert_equal(again.read(again.images[digest]), written[digest])
+    if name != "index" or how == "a bit":
+        assert f"{tmp_path}: the features from image {len(kept) + 1} on are damaged" in caplog.text
+    caplog.clear()
+    assert FeatureCache(tmp_path, "one").images == again.images
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        b"",
+        b"[]",
+        b"{}",
+        b'[[[3], "float32"]]',
+        b"[" * 100_000,
+        b"\xff\xfe",
+        b'{"levels": [[[1e99], "float32"]], "sum": ""}',
+    ],
+)
+def test_a_damaged_layout_starts_empty(tmp_path, layout, caplog):
+    fill(FeatureCache(tmp_path, "one"), IMAGES)
+    (tmp_path / "layout").write_bytes(layout)
+    again = FeatureCache(tmp_path, "one")
+    assert again.images == {}
+    assert "the layout of the features is damaged" in caplog.text
+    written = fill(again, {"c": 2})
+    assert_equal(FeatureCache(tmp_path, "one").read([0, 1]), written["c"])
+
+
+def test_a_missing_layout_starts_empty(tmp_path):
+    fill(FeatureCache(tmp_path, "one"), IMAGES)
+    (tmp_path / "layout").unlink()
+    again = FeatureCache(tmp_path, "one")
+    written = fill(again, {"c": 2})
+    assert_equal(FeatureCache(tmp_path, "one").read([0, 1]), written["c"])
+
+
+def test_of_images_committed_together_a_part_does_not_count(tmp_path):
+    cache = FeatureCache(tmp_path, "one")
+    fill(cache, {"a": 1})
+    cache.write(maps(3), expected_rows=4)
+    cache.commit_all([("b", 1, None), ("c", 2, None)])
+    lines = (tmp_path / "index").read_bytes().splitlines(keepends=True)
+    (tmp_path / "index").write_bytes(b"".join(lines[:2]))
+    assert list(FeatureCache(tmp_path, "one").images) == ["a"]

@@ -112,6 +112,16 @@ def test_what_flawmap_wrote_is_never_inspected(flawmap, model_file, parts):
     assert plain.name in {Path(json.loads(line)["path"]).name for line in out.splitlines()}
 
 
+def test_a_part_is_not_overwritten_by_another_ones_drawing(flawmap, model_file, parts):
+    part = parts / "a_png_overlay.png"
+    (parts / "c.png").rename(part)
+    before = part.read_bytes()
+    code, _, err = flawmap("inspect", model_file, parts, "-o", parts)
+    assert code == 2
+    assert f"{part} is to be inspected and would be overwritten" in err
+    assert part.read_bytes() == before
+
+
 def test_drawings_that_no_longer_hold_go(flawmap, model_file, parts, tmp_path):
     out = tmp_path / "out"
     assert flawmap("inspect", model_file, parts, "-o", out)[0] == 0

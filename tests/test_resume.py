@@ -1,8 +1,11 @@
 import json
+import os
 import random
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
+from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
@@ -18,6 +21,7 @@ from flawmap.imaging.preprocessing import Preprocessing
 from flawmap.learning import loop
 from flawmap.learning.data import TrainingData
 from flawmap.learning.loop import train
+from flawmap.learning.workspace import discard
 from flawmap.methods import Collect, Method, Optimise
 
 SIZE = (32, 32)
@@ -177,6 +181,30 @@ def test_a_damaged_checkpoint_is_told_in_one_line(backbone, data, tmp_path, spoi
         trained(backbone, data, checkpoint=checkpoint)
     assert str(checkpoint) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_of_another_training_is_told(backbone, data, tmp_path):
+    """One that would fit, and one of a network that would not."""
+    checkpoint = tmp_path / "checkpoint"
+    with pytest.raises(Stop):
+        trained(backbone, data, checkpoint=checkpoint, progress=stopping(("both", 8)))
+    for other in ({"seed": 4}, {"run": "another"}):
+        with pytest.raises(FlawmapError, match="of another training; start anew with --discard"):
+            trained(backbone, data, checkpoint=checkpoint, **other)
+    with pytest.raises(FlawmapError, match="of another training"):
+        train(Noisy(backbone), data, range(IMAGES - 1), seed=3, checkpoint=checkpoint)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.7])
+def test_one_changed_bit_of_a_checkpoint_is_noticed(backbone, data, tmp_path, share):
+    checkpoint = tmp_path / "checkpoint"
+    with pytest.raises(Stop):
+        trained(backbone, data, checkpoint=checkpoint, progress=stopping(("both", 8)))
+    content = bytearray(checkpoint.read_bytes())
+    content[int(share * len(content))] ^= 1
+    checkpoint.write_bytes(content)
+    with pytest.raises(FlawmapError, match="is damaged"):
+        trained(backbone, data, checkpoint=checkpoint)
 
 
 # The whole road
@@ -345,12 +373,203 @@ def test_an_image_changed_in_between_is_read_again(good, tmp_path):
     assert saved(resumed, tmp_path / "a") == saved(Detector(**PADIM).fit(folder), tmp_path / "b")
 
 
-def test_a_training_that_fails_leaves_no_workspace(flawmap, good, tmp_path):
-    alike = tmp_path / "alike"
+def test_a_training_that_fails_keeps_what_it_has_done(flawmap, good, uninterrupted, tmp_path):
+    alike, output = tmp_path / "alike", tmp_path / "m.safetensors"
     alike.mkdir()
     for number in range(4):
         (alike / f"{number}.png").write_bytes((good / "00.png").read_bytes())
-    code, _, err = flawmap("train", alike, "-o", tmp_path / "m.safetensors", *options(PADIM))
+    code, _, err = flawmap("train", alike, "-o", output, *options(PADIM))
     assert code == 2
     assert "show the same" in err.splitlines()[-1]
-    assert [path.name for path in tmp_path.iterdir()] == ["alike"]
+    assert (tmp_path / "m.safetensors.training" / "index").exists()
+    code, _, err = flawmap("train", good, "-o", output, *options(PADIM), "--resume", "--discard")
+    assert code == 2
+    assert "not both" in err
+    code, _, err = flawmap("train", good, "-o", output, *options(PADIM), "--discard")
+    assert code == 0, err
+    assert output.read_bytes() == uninterrupted["padim"]
+    assert not (tmp_path / "m.safetensors.training").exists()
+
+
+def test_what_fails_before_anything_is_kept_leaves_nothing(good, tmp_path):
+    def stop(line):
+        raise Stop
+
+    with pytest.raises(Stop):
+        Detector(**PADIM).fit(good, workspace=tmp_path / "work", announce=stop)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [FlawmapError("no"), BrokenPipeError("no"), Stop()])
+def test_nothing_that_happens_loses_what_was_done(good, uninterrupted, tmp_path, error):
+    def fail(what, done, total):
+        if (what, done) == ("features", 24):
+            raise error
+
+    with pytest.raises(type(error)) as caught:
+        Detector(**PADIM).fit(good, workspace=tmp_path / "work", progress=fail)
+    assert caught.value is error
+    calls = []
+    detector = Detector(**PADIM).fit(
+        good, workspace=tmp_path / "work", resume=True, progress=lambda *c: calls.append(c)
+    )
+    assert "features" not in {what for what, _, _ in calls}
+    assert saved(detector, tmp_path / "m") == uninterrupted["padim"]
+
+
+def test_the_workspace_stays_until_the_model_is_safe(good, uninterrupted, tmp_path):
+    work = tmp_path / "work"
+    detector = Detector(**PADIM).fit(good, workspace=work)
+    with pytest.raises(FlawmapError, match="does not exist"):
+        detector.save(tmp_path / "missing" / "m")
+    assert saved(Detector(**PADIM).fit(good, workspace=work, resume=True), tmp_path / "m") == uninterrupted["padim"]
+    assert not work.exists()
+    detector.save(tmp_path / "again")  # whose workspace is gone
+
+
+def test_a_workspace_that_has_become_another_runs_stays(good, tmp_path):
+    work = tmp_path / "work"
+    detector = Detector(**PADIM).fit(good, workspace=work)
+    discard(work)
+    interrupted({**PADIM, "seed": 1}, good, work, ("features", 8))
+    detector.save(tmp_path / "m")
+    assert committed(work) == 8
+
+
+# Resumed under other circumstances, or from what was changed
+
+
+def test_another_number_of_threads_is_refused(good, tmp_path, monkeypatch):
+    workspace = interrupted(PADIM, good, tmp_path / "work", ("features", 8))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        with pytest.raises(FlawmapError, match="--resume: threads changed since"):
+            Detector(**PADIM).fit(good, workspace=workspace, resume=True)
+    finally:
+        torch.set_num_threads(threads)
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "7")
+    with pytest.raises(FlawmapError, match="--resume: threads changed since"):
+        Detector(**PADIM).fit(good, workspace=workspace, resume=True)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "OTHER")
+    with pytest.raises(FlawmapError, match="--resume: processor and threads changed since"):
+        Detector(**PADIM).fit(good, workspace=workspace, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"), [("level0", "zeroed"), ("level0", "gone"), ("index", "a bit"), ("layout", "cut")]
+)
+def test_from_features_that_were_changed_the_same_model_comes(good, uninterrupted, tmp_path, name, change):
+    workspace = interrupted(PADIM, good, tmp_path / "work", ("features", 24))
+    path = workspace / name
+    content = bytearray(path.read_bytes())
+    if change == "zeroed":
+        content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
+    elif change == "cut":
+        del content[len(content) // 2 :]
+    else:
+        content[len(content) // 2] ^= 1
+    path.unlink() if change == "gone" else path.write_bytes(content)
+    detector = Detector(**PADIM).fit(good, workspace=workspace, resume=True)
+    assert saved(detector, tmp_path / "m") == uninterrupted["padim"]
+
+
+# Two at once
+
+
+def test_one_process_at_a_time_works_in_a_workspace(good, tmp_path):
+    work, refusals = tmp_path / "work", []
+
+    def try_too(what, done, total):
+        if (what, done) == ("features", 8):
+            for resume in (True, False):
+                with pytest.raises(FlawmapError, match=f"process {os.getpid()} on .* is training in it") as caught:
+                    Detector(**PADIM).fit(good, workspace=work, resume=resume)
+                refusals.append(str(caught.value))
+            with pytest.raises(FlawmapError, match="is training in it"):
+                discard(work)
+
+    Detector(**PADIM).fit(good, workspace=work, progress=try_too)
+    assert len(refusals) == 2
+    assert "\n" not in refusals[0]
+
+
+def test_the_lock_ends_with_its_process(good, flawmap, tmp_path, uninterrupted):
+    output = tmp_path / "m.safetensors"
+    workspace, err = kill_when(PADIM, good, output, lambda folder: committed(folder) >= 1)
+    assert (workspace / "lock").exists(), err
+    code, _, err = flawmap("train", good, "-o", output, *options(PADIM), "--resume")
+    assert code == 0, err
+    assert output.read_bytes() == uninterrupted["padim"]
+
+
+def test_another_folder_is_left_alone(good, tmp_path):
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "notes").write_text("mine")
+    for call in (lambda: Detector(**PADIM).fit(good, workspace=tmp_path / "work"), lambda: discard(tmp_path / "work")):
+        with pytest.raises(FlawmapError, match="was not made by a training"):
+            call()
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(FlawmapError, match="is a file"):
+        Detector(**PADIM).fit(good, workspace=tmp_path / "file")
+    assert [path.name for path in (tmp_path / "work").iterdir()] == ["notes"]
+
+
+# Killed at each change of a file
+
+
+class Killed(BaseException):
+    pass
+
+
+MUTATING = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree"}
+KILL = {"armed": False, "left": 0, "below": ""}
+
+
+def _count(event, arguments):
+    """An audit hook: after so many changes of files there are no more, as if the process had been killed."""
+    if not KILL["armed"]:
+        return
+    named = [str(one) for one in arguments if isinstance(one, (str, bytes, Path))]
+    if not any(KILL["below"] in name for name in named):
+        return
+    if event in MUTATING or (event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)):
+        KILL["left"] -= 1
+        if KILL["left"] < 0:
+            raise Killed
+
+
+@contextmanager
+def killed_after(changes, below):
+    if "hooked" not in KILL:
+        KILL["hooked"] = True
+        sys.addaudithook(_count)
+    KILL.update(armed=True, left=changes, below=str(below))
+    try:
+        yield
+    except Killed:
+        pass
+    finally:
+        KILL["armed"] = False
+
+
+def test_killed_at_any_change_of_a_file_nothing_is_lost(good, tmp_path):
+    few = sorted(good.iterdir())[:9]
+
+    def training(output, resume=False):
+        work = output.with_name(output.name + ".training")
+        saved(Detector(**PADIM).fit(few, workspace=work, resume=resume), output)
+
+    with killed_after(10**9, tmp_path / "whole"):
+        training(tmp_path / "whole")
+    changes = 10**9 - KILL["left"]
+    whole = (tmp_path / "whole").read_bytes()
+    points = [0, 1, 2, random.randrange(3, changes - 7), *range(changes - 7, changes - 1)]
+    for point in points:  # at its begin, among its features, from the model file to the end of the workspace
+        output = tmp_path / f"{point}"
+        with killed_after(point, output):
+            training(output)
+        assert not output.exists() or output.read_bytes() == whole, point
+        training(output, resume=True)
+        assert output.read_bytes() == whole, point
+        assert not output.with_name(f"{point}.training").exists(), point

@@ -70,3 +70,27 @@ def test_too_many_shots_are_told_in_a_line(drawn, tmp_path, flawmap):
     assert code == 2
     assert err.count("\n") == 1
     assert "--shots 13 is more than the 12 different good images" in err
+
+
+def test_shots_of_a_table(flawmap, drawn, tmp_path):
+    table = tmp_path / "parts.csv"
+    images = sorted((drawn / "train" / "good").iterdir())
+    table.write_text("path,label\n" + "".join(f"{path},good\n" for path in images))
+    code, out, err = flawmap(
+        "train",
+        table,
+        "-o",
+        tmp_path / "m.safetensors",
+        "--shots",
+        4,
+        "--method",
+        "padim",
+        "--image-size",
+        64,
+        "--set",
+        "channels=8",
+        "--engine",
+        "torch",
+    )
+    assert code == 0, err
+    assert "shots: 4 of" in out

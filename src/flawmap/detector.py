@@ -22,7 +22,7 @@ from flawmap.graph import InspectionGraph
 from flawmap.imaging.captures import CaptureLimits
 from flawmap.imaging.geometry import Geometry
 from flawmap.imaging.preparation import Preparation, read_region, read_template
-from flawmap.judging.calibration import Calibration, Threshold
+from flawmap.judging.calibration import GUARANTEES, Calibration, Threshold
 from flawmap.judging.evaluation import EvaluationReport
 from flawmap.judging.inspection import Inspection
 from flawmap.judging.judge import Judge
@@ -30,12 +30,14 @@ from flawmap.learning.data import Announce, Progress, quiet, silent
 from flawmap.learning.fitting import SHORT, Atypical, Recipe, extraction_engine, fit
 from flawmap.learning.latents import Latents
 from flawmap.learning.updating import update
+from flawmap.learning.workspace import Workspace
 from flawmap.line import Inspector
 from flawmap.line.engines import Engine, check_engine
 from flawmap.line.evaluating import evaluate_inspector
-from flawmap.line.model_card import ModelCard
+from flawmap.line.model_card import ModelCard, check_model_path
 from flawmap.methods import Method, automatic, configure, method_class
 from flawmap.model_file import read_model, write_model
+from flawmap.ranges import SEEDS, SIDES, rate, whole
 from flawmap.report.overlays import HeatScale
 
 log = logging.getLogger(__name__)
@@ -114,18 +116,22 @@ class Detector:
         self.config = configure(self._method_class, settings, preset)
         self.backbone = backbone
         self.weights = weights
-        self.image_size = (image_size, image_size) if isinstance(image_size, int) else image_size
+        sides = image_size if isinstance(image_size, (tuple, list)) else (image_size, image_size)
+        if len(sides) != 2:
+            raise FlawmapError(f"image_size is {image_size}: give a side, or (height, width)")
+        self.image_size = (whole("--image-size", sides[0], SIDES), whole("--image-size", sides[1], SIDES))
         self._size = self.geometry.input_size(self.image_size)
         self._region = read_region(Path(roi)) if isinstance(roi, (str, Path)) else roi
         self._template = None if register is None else read_template(Path(register))
-        if min(self._size) < 32:
-            raise FlawmapError(f"image size {image_size} is too small: give at least 32 pixels")
-        if not 0 < max_false_reject < 1:
-            raise FlawmapError(f"--max-false-reject must lie between 0 and 1, got {max_false_reject}")
+        for side in self._size:  # of the crop, where there is one
+            whole("the side of the model's input", side, SIDES)
+        max_false_reject = rate("--max-false-reject", max_false_reject)
+        if guarantee not in GUARANTEES:
+            raise FlawmapError(f"unknown guarantee {guarantee}: choose {', '.join(GUARANTEES)}")
         check_engine(engine)
         self.engine = engine
         self.device = _device(device)
-        self.seed = seed
+        self.seed = whole("--seed", seed, SEEDS)
         self.calibration = calibration
         self.method_: Method
         self.preparation_: Preparation
@@ -139,6 +145,7 @@ class Detector:
         self.digest_: str | None = None
         self._judge = Judge(max_false_reject, guarantee)
         self._mode = ""
+        self._workspace: Workspace | None = None
         self._engine: Engine | None = None
         self._inspector: Inspector | None = None
 
@@ -198,7 +205,8 @@ class Detector:
             category: of a data set root.
             strict: stop at the first image that cannot be read.
             drop_atypical: leave out so many images that the calibration finds most unusual, then fit again.
-            workspace: a folder for features and checkpoints, deleted when all is done; a temporary one by default.
+            workspace: a folder for features and checkpoints, deleted by `save`; a temporary one by default. One process
+                at a time works in it.
             resume: go on with what an interrupted `fit` left in `workspace`, to the same result.
             progress, announce: are told how it goes.
 
@@ -206,6 +214,7 @@ class Detector:
             FlawmapError: there are fewer than two good images, `workspace` holds an interrupted training and `resume`
                 is not asked for or does not fit, or what `Detector` raises late: weights, memory, disk.
         """
+        drop_atypical = whole("--drop-atypical", drop_atypical, (0, 10**9))
         recipe = Recipe(
             self.method,
             self._method_class,
@@ -243,6 +252,7 @@ class Detector:
         self.near_duplicates_ = fitted.near_duplicates
         self.left_out_ = fitted.left_out
         self.sizes_ = fitted.sizes
+        self._workspace = fitted.workspace
         self._calibrate_anew(fitted.calibration)
         return self
 
@@ -510,6 +520,8 @@ class Detector:
     def save(self, path: str | Path) -> None:
         """Writes one .safetensors file with everything that inspection needs, the backbone's weights included.
 
+        When it is on the disk, the workspace of `fit` is deleted.
+
         Raises:
             FlawmapError: the file cannot be written.
         """
@@ -522,6 +534,9 @@ class Detector:
                 kept[f"{_LATENTS}inside"] = self.latents_.inside
         self._inspector = None
         self.digest_ = write_model(Path(path), {**self.method_.state_dict(), **kept}, metadata)
+        if self._workspace is not None:
+            self._workspace.delete()
+            self._workspace = None
 
     def card(self) -> ModelCard:
         """What a model file says of this detector beside its tensors."""
@@ -548,6 +563,7 @@ class Detector:
         Raises:
             FlawmapError: it is missing, damaged, edited, of a newer format, or its method is unknown here.
         """
+        check_model_path(Path(path))
         tensors, metadata, digest = read_model(Path(path))
         try:
             if "latents" in metadata:

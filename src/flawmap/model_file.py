@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from flawmap.errors import FlawmapError
-from flawmap.files import replacing
+from flawmap.files import reading, replacing
 
 FORMAT = 3
 _KEY = "flawmap"
+_MOST_HEADER = 100_000_000  # bytes, the limit of the format
 
 
 def write_model(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> str:
@@ -37,6 +38,17 @@ def write_model(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
     return str(content["digest"])
 
 
+def is_model(path: Path) -> bool:
+    """Whether a file calls itself a flawmap model, or holds nothing at all; it may be damaged all the same."""
+    try:
+        with reading(path) as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length)) if 0 < length <= _MOST_HEADER else {}
+            return _KEY in header.get("__metadata__", {}) or path.stat().st_size == 0
+    except (FlawmapError, OSError, ValueError, AttributeError, TypeError, RecursionError):
+        return False
+
+
 def read_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
     """The tensors and metadata of a model file, and the digest over both, by which they were checked.
 
@@ -45,8 +57,10 @@ def read_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
     """
     from safetensors import SafetensorError, safe_open
 
-    if not path.is_file():
+    if not path.exists():
         raise FlawmapError(f"model file {path} does not exist: train one with `flawmap train DATA -o {path}`")
+    with reading(path):
+        pass  # told from a pipe or a device, which the library below would wait for
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from flawmap.backbones.networks import create_network
 from flawmap.errors import FlawmapError
+from flawmap.files import reading
 
 
 def load_embedded(network: nn.Module) -> None:
@@ -87,8 +88,10 @@ def _classifiers(network: nn.Module) -> tuple[str, ...]:
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of a weight file. Nothing is ever unpickled beyond tensors."""
-    if not path.is_file():
+    if not path.exists():
         raise FlawmapError(f"weight file {path} does not exist: give a .safetensors or .pth file")
+    with reading(path):
+        pass  # told from a pipe or a device, which the libraries below would wait for
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

@@ -72,19 +72,18 @@ def evaluate_command(
     device: str,
 ) -> int:
     """Measure MODEL on the labelled test images in DATA."""
-    from flawmap.cli.options import check_output
+    from flawmap.cli.options import check_output, check_outputs, files_of
     from flawmap.cli.progress import ProgressLines, quiet_libraries
 
     quiet_libraries()
-    if json_file not in (None, "-"):
-        check_output(Path(str(json_file)))
-    if html is not None:
-        check_output(html)
-        if json_file is not None and html == Path(json_file):
-            raise click.BadParameter(f"{html} is also given with --json", param_hint="--html")
+    outputs = {"--json": Path(json_file) if json_file not in (None, "-") else None, "--html": html}
+    for option, path in outputs.items():
+        if path is not None:
+            check_output(path, option)
     from flawmap.datasets import find_dataset
 
     dataset = find_dataset(data, category)
+    check_outputs(outputs, [model, *files_of(dataset)])
 
     from flawmap.line import Inspector
     from flawmap.line.evaluating import evaluate_inspector

@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from flawmap.cli.options import Finite
+
 
 @click.command("export")
 @click.argument("model", type=click.Path(path_type=Path))
@@ -25,7 +27,7 @@ import click
 )
 @click.option(
     "--max-drop",
-    type=click.FloatRange(0, 1),
+    type=Finite(0, 1),
     default=0.01,
     show_default=True,
     help="How much less synthetic defects may stand out in 8-bit numbers, of 1.",
@@ -41,12 +43,14 @@ def export_command(
     The file is read back and held against MODEL on images before it takes its name. Where it would say something that
     rounding does not explain, nothing is written.
     """
-    from flawmap.cli.options import check_output, parse_settings
+    from flawmap.cli.options import check_model_output, check_outputs, parse_settings
     from flawmap.cli.progress import ProgressLines, quiet_libraries
+    from flawmap.imaging.image_files import find_images
 
     quiet_libraries()
     moved: dict[str, Any] = dict(parse_settings(settings))
-    check_output(output)
+    check_model_output(output)
+    check_outputs({"-o": output}, [model, *(find_images(check) if check is not None and check.is_dir() else [])])
     from flawmap.detector import Detector
     from flawmap.export import export
 

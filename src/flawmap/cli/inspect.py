@@ -70,7 +70,7 @@ def inspect_command(
     With -o, each image gets a heatmap <name>_overlay.png and a 16-bit map <name>_map.png, below the same folders, and
     index.html shows them all, worst first. A verdict is printed when all that belongs to it is written.
     """
-    from flawmap.cli.options import check_output, parse_settings
+    from flawmap.cli.options import check_output, check_outputs, parse_settings
     from flawmap.cli.progress import quiet_libraries
 
     quiet_libraries()
@@ -82,10 +82,11 @@ def inspect_command(
     if tail and guarantee is not None:
         raise click.UsageError("a tail promises nothing: give --tail or --guarantee, not both")
     if coco is not None:
-        check_output(coco)
+        check_output(coco, "--coco")
     from flawmap.errors import FlawmapError
 
     found = find_parts(sources, output)
+    check_outputs({"--coco": coco}, [model, *(path for path, _ in found)])
     if not any(path.exists() for path, _ in found):
         raise FlawmapError(f"{found[0][0]} does not exist: check the path")
 
@@ -208,13 +209,14 @@ class Shown:
     def __init__(
         self, folder: Path, model: Path, inspector: Inspector, found: Sequence[tuple[Path, Path]], caption: bool
     ) -> None:
-        from flawmap.report.drawings import drawing_names, make_folder
+        from flawmap.report.drawings import check_drawings, drawing_names, make_folder
         from flawmap.report.inspection_page import check_index
 
         make_folder(folder)
         check_index(folder)
         self.folder, self.model, self.inspector, self.caption = folder, model, inspector, caption
         self.found, self.names = found, drawing_names(found)
+        check_drawings(folder, self.names, [path for path, _ in found])
         self.scale = inspector.heat_scale()
         self.items: list[Inspected] = []
 

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import click
 
+from flawmap.cli.options import SEED
+
 
 @click.command("sample")
 @click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
 @click.option("--kind", type=click.Choice(["screws", "fabric", "boards"]), default="screws", show_default=True)
-@click.option("--seed", default=0, show_default=True, help="Another seed draws other parts.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Another seed draws other parts.")
 def sample_command(folder: Path, kind: str, seed: int) -> None:
     """Draw a small data set of parts with four kinds of defect and exact masks, in the MVTec AD layout."""
     from flawmap.datasets import find_dataset

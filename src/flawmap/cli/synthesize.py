@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from flawmap.cli.options import SEED
+
 
 @click.command("synthesize")
 @click.argument("data", type=click.Path(path_type=Path))
@@ -14,9 +16,14 @@ import click
     "-o", "--output", type=click.Path(path_type=Path, file_okay=False), required=True, help="New folder to write."
 )
 @click.option("--category", help="One category of a data set root.")
-@click.option("--count", default=100, show_default=True, help="How many defects.")
-@click.option("--seed", default=0, show_default=True, help="Another seed makes other defects.")
-@click.option("--size", type=int, metavar="PX", help="Resize images to this longer side.  [default: as they are]")
+@click.option("--count", type=click.IntRange(1, 10_000_000), default=100, show_default=True, help="How many defects.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Another seed makes other defects.")
+@click.option(
+    "--size",
+    type=click.IntRange(8, 100_000),
+    metavar="PX",
+    help="Resize images to this longer side.  [default: as they are]",
+)
 @click.option(
     "--roi", type=click.Path(path_type=Path), metavar="MASK", help="Region of interest: a mask, white inside."
 )
@@ -26,7 +33,7 @@ import click
     metavar="FOLDER",
     help="Photographs of textures, instead of drawn ones.",
 )
-@click.option("--workers", type=int, help="Processes.  [default: one for each core]")
+@click.option("--workers", type=click.IntRange(1, 1024), help="Processes.  [default: one for each core]")
 def synthesize_command(
     data: Path,
     output: Path,

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from flawmap.cli.options import RATE, SEED, SIDE
+
 if TYPE_CHECKING:
     from flawmap.datasets import Dataset
-    from flawmap.detector import Detector
 
 log = logging.getLogger(__name__)
 
-_SHOWN = 12  # atypical images in the report
 _FEW = 20  # images; fewer do not calibrate
 
 
 @click.command("train")
 @click.argument("data", type=click.Path(path_type=Path))
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path, dir_okay=False), required=True, help="Model file to write."
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="MODEL",
+    help="Model file to write.  [default: the name of DATA, or the category's, with .safetensors, in the current "
+    "folder; an earlier model of that name is replaced, any other file is not]",
 )
 @click.option("--category", help="One category of a data set root.")
 @click.option("--method", default="auto", show_default=True, help="See `flawmap methods`; auto chooses one.")
@@ -30,7 +38,9 @@ _FEW = 20  # images; fewer do not calibrate
     "--backbone", default="tf_efficientnet_lite0", show_default=True, help="Any timm name; see `flawmap backbones`."
 )
 @click.option("--weights", help="Local weight file of the backbone, .safetensors or .pth; `random` for tests.")
-@click.option("--image-size", default=256, show_default=True, help="Side that images (or tiles) are resized to.")
+@click.option(
+    "--image-size", type=SIDE, default=256, show_default=True, help="Side that images (or tiles) are resized to."
+)
 @click.option("--keep-aspect", is_flag=True, help="Keep the aspect ratio: the short side is padded.")
 @click.option("--crop", type=int, metavar="N", help="Use the centre N x N of the resized image only.")
 @click.option("--tile", metavar="SIZE[,OVERLAP]", help="Cut images into windows of SIZE original pixels.")
@@ -48,8 +58,10 @@ _FEW = 20  # images; fewer do not calibrate
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A setting of the method; repeatable.")
 @click.option("--engine", default="auto", show_default=True, help="auto, openvino, onnxruntime or torch.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
-@click.option("--seed", default=0, show_default=True, help="Of everything random.")
-@click.option("--max-false-reject", default=0.01, show_default=True, help="Share of good parts that may be rejected.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of everything random.")
+@click.option(
+    "--max-false-reject", type=RATE, default=0.01, show_default=True, help="Share of good parts that may be rejected."
+)
 @click.option(
     "--guarantee",
     type=click.Choice(["marginal", "confidence"]),
@@ -66,7 +78,7 @@ _FEW = 20  # images; fewer do not calibrate
     show_default=True,
     help="loo (leave one out), holdout, crossfit, or a folder of further good images.",
 )
-@click.option("--shots", type=int, metavar="K", help="Learn from K of the good images, drawn by --seed.")
+@click.option("--shots", type=click.IntRange(2), metavar="K", help="Learn from K of the good images, drawn by --seed.")
 @click.option(
     "--tune", is_flag=True, help="Choose settings on synthetic defects first, fitting anew for each; see --grid."
 )
@@ -80,7 +92,9 @@ _FEW = 20  # images; fewer do not calibrate
     "without it is tried too.  [default: two sizes and some levels]",
 )
 @click.option("--oracle", is_flag=True, help="With --tune: also print what each choice reaches on the test labels.")
-@click.option("--drop-atypical", default=0, metavar="N", help="Leave out the N most unusual good images.")
+@click.option(
+    "--drop-atypical", type=click.IntRange(0), default=0, metavar="N", help="Leave out the N most unusual good images."
+)
 @click.option(
     "--update",
     type=click.Path(path_type=Path),
@@ -88,11 +102,16 @@ _FEW = 20  # images; fewer do not calibrate
     help="Learn DATA on top of what MODEL knows; its settings stay.",
 )
 @click.option("--resume", is_flag=True, help="Go on with an interrupted training of the same output.")
+@click.option(
+    "--discard",
+    is_flag=True,
+    help="Start anew: delete what an interrupted training of the same output left, and leave nothing on Ctrl-C.",
+)
 @click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Report to write.  [default: beside -o]")
 @click.option("--strict", is_flag=True, help="Stop at the first image that cannot be read.")
 def train_command(
     data: Path,
-    output: Path,
+    output: Path | None,
     category: str | None,
     settings: tuple[str, ...],
     keep_aspect: bool,
@@ -107,6 +126,7 @@ def train_command(
     drop_atypical: int,
     update: Path | None,
     resume: bool,
+    discard: bool,
     html: Path | None,
     strict: bool,
     tail: bool,
@@ -116,23 +136,33 @@ def train_command(
 
     DATA is a folder of good images, a folder with good/ and bad/, a data set in the MVTec AD layout, or a CSV file.
     """
-    from flawmap.cli.options import check_output, parse_grid, parse_settings
+    from flawmap.cli.options import (
+        beside,
+        check_model_output,
+        check_output,
+        check_outputs,
+        default_model,
+        files_of,
+        parse_grid,
+        parse_settings,
+        say_what_is_replaced,
+    )
     from flawmap.cli.progress import ProgressLines, quiet_libraries
+    from flawmap.cli.training_report import notes, threshold_lines, write_report
 
     quiet_libraries()
-    html = html or output.with_suffix(".html")
-    for target in (output, html):
-        check_output(target)
-    if html == output:
-        raise click.BadParameter(f"{html} is the model's name too", param_hint="--html")
-    if drop_atypical < 0:
-        raise click.BadParameter(f"{drop_atypical} is negative", param_hint="--drop-atypical")
+    output = output or default_model(data, category)
+    check_model_output(output)
+    html = html or beside(output)
+    check_output(html, "--html")
     if (grids or oracle) and not tune:
         raise click.BadParameter("chooses nothing without --tune", param_hint="--grid" if grids else "--oracle")
     if tail:
         if click.get_current_context().get_parameter_source("guarantee") is not click.core.ParameterSource.DEFAULT:
             raise click.UsageError("a tail promises nothing: give --tail or --guarantee, not both")
         options["guarantee"] = "tail"
+    if resume and discard:
+        raise click.UsageError("give --resume to go on, or --discard to start anew, not both")
     grid = _searched(parse_grid(grids))
     own = {"epochs": epochs, "views": views}
     chosen: dict[str, Any] = {**parse_settings(settings), **{k: v for k, v in own.items() if v is not None}}
@@ -141,6 +171,10 @@ def train_command(
     from flawmap.datasets import find_dataset
 
     dataset = find_dataset(data, category)
+    given = [options[name] for name in ("weights", "roi", "register") if options[name] is not None]
+    check_outputs({"-o": output, "--html": html}, [*map(Path, given), *files_of(dataset)])
+    check_outputs({"--html": html}, [update])  # a model may be updated in its place
+    say_what_is_replaced(output)
     click.echo(dataset.describe())
     if shots is not None:
         dataset = _drawn(dataset, shots, **options)
@@ -149,7 +183,8 @@ def train_command(
     from flawmap.methods import automatic
 
     tuning = None
-    with ProgressLines() as progress:
+    workspace = output.with_name(output.name + ".training")
+    with ProgressLines() as progress, _discarding(workspace) if discard else nullcontext():
         told: dict[str, Any] = {
             "strict": strict,
             "progress": progress,
@@ -162,7 +197,6 @@ def train_command(
             from flawmap.imaging.geometry import Geometry
 
             geometry = Geometry.from_options(keep_aspect, crop, tile)
-            workspace = output.with_name(output.name + ".training")
             told |= {"workspace": workspace, "resume": resume, "drop_atypical": drop_atypical}
             settled = {"geometry": geometry, **options, **chosen}
             if tune:
@@ -180,11 +214,24 @@ def train_command(
         write_report(html, detector, dataset)
     if tuning is not None:
         click.echo(tuning.describe())
-    for line in [*_thresholds(detector), *_notes(detector, update is not None)]:
+    for line in [*threshold_lines(detector), *notes(detector, update is not None)]:
         click.echo(line)
     click.echo(
         f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB, engine {detector.training_['engine']}) and {html}"
     )
+
+
+@contextmanager
+def _discarding(workspace: Path) -> Iterator[None]:
+    """Deletes what lies in the workspace first, and where the user ends it with Ctrl-C."""
+    from flawmap.learning.workspace import discard
+
+    discard(workspace)
+    try:
+        yield
+    except KeyboardInterrupt:
+        discard(workspace)
+        raise
 
 
 def _searched(grid: dict[str, list[str]]) -> dict[str, list[Any]]:
@@ -219,7 +266,8 @@ def _drawn(dataset: Dataset, shots: int, *, seed: int, calibration: str, **optio
     from flawmap.datasets.shots import draw_shots
 
     drawn = draw_shots(dataset, shots, seed)
-    names = ", ".join(str(sample.path.relative_to(dataset.root)) for sample in drawn.train)
+    root = dataset.root if dataset.root.is_dir() else dataset.root.parent  # of a table
+    names = ", ".join(os.path.relpath(sample.path, root) for sample in drawn.train)
     click.echo(f"shots: {shots} of {len(dataset.train)} good images, drawn by seed {seed}: {names}")
     if shots < _FEW and calibration in ("auto", "loo", "holdout", "crossfit"):
         log.warning(
@@ -242,77 +290,3 @@ def _refuse_beside_update(context: click.Context) -> None:
     ]
     if given:
         raise click.UsageError(f"--update keeps the model's settings: leave {' and '.join(given)} out")
-
-
-def _thresholds(detector: Detector) -> list[str]:
-    """The threshold kept, which image sets the conformal one, and where the other one would lie, in a line each."""
-    from flawmap.errors import FlawmapError
-    from flawmap.report.wording import short_path
-
-    rate, calibration, tail = detector.max_false_reject, detector.calibration_, detector.guarantee == "tail"
-    lines = [detector.threshold_.describe()]
-    if tail:
-        lines.append(f"not used: {calibration.threshold(rate).describe()}")
-    decisive = calibration.decisive(rate, "marginal" if tail else detector.guarantee)
-    if decisive is not None:
-        paths = [one.path for one in detector.atypical_ if one.score == decisive.score]
-        lines.append(
-            f"the {'conformal ' if tail else ''}threshold is set by {short_path(paths[0]) if paths else 'one image'} "
-            f"(score {decisive.score:.6g}); without it it would be {decisive.without:.6g}"
-        )
-    if not tail:
-        try:
-            lines.append(f"not used, --tail keeps it: {calibration.threshold(rate, 'tail').describe()}")
-        except FlawmapError as refusal:
-            lines.append(f"no threshold from the tail: {refusal}")
-    return lines
-
-
-def _notes(detector: Detector, updated: bool) -> list[str]:
-    """What the user should know of the images, in a line each."""
-    if updated:
-        return []
-    notes = []
-    if detector.atypical_:
-        most = ", ".join(f"{one.path.name} ({one.score:.4g})" for one in detector.atypical_[:3])
-        notes.append(f"most unusual good images: {most}; look at them in the report, --drop-atypical N leaves N out")
-    if detector.near_duplicates_:
-        count = sum(len(group) - 1 for group in detector.near_duplicates_)
-        notes.append(
-            f"{count} images show what another one shows (see the report): they add little, and the rate above holds "
-            "only for parts as alike"
-        )
-    return notes
-
-
-def write_report(path: Path, detector: Detector, dataset: Dataset) -> None:
-    """The page that training ends with."""
-    from flawmap.datasets.duplicates import in_train_and_test
-    from flawmap.errors import ImageError
-    from flawmap.imaging.decoding import read_image
-    from flawmap.report.pictures import take_picture
-    from flawmap.report.training_page import AtypicalPicture, Learnt, LeftOut, write_training_page
-
-    scale = detector.heat_scale()
-    unusual = detector.atypical_[:_SHOWN]
-    pictures = []
-    for one, inspection in zip(unusual, detector.stream([one.path for one in unusual]), strict=True):
-        try:
-            picture = None if scale is None else take_picture(read_image(one.path), inspection, scale)
-        except ImageError:  # gone since it was read
-            picture = None
-        pictures.append(AtypicalPicture(one.path, one.score, one.p_value, picture))
-    left_out = []
-    for error in detector.left_out_:
-        name, _, reason = str(error).partition(": ")
-        left_out.append(LeftOut(Path(name), reason))
-    write_training_page(
-        path,
-        detector.settings() | {"data": dataset.name},
-        Learnt(detector.sizes_, left_out, pictures, detector.near_duplicates_, in_train_and_test(dataset)),
-        detector.calibration_,
-        detector.threshold_,
-        scale=scale,
-        pixel_threshold=detector.pixel_threshold_,
-        config=detector.method_.config.model_dump(mode="json"),
-    )

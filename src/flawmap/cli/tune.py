@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from flawmap.cli.options import SEED
+
 
 @click.command("tune")
 @click.argument("model", type=click.Path(path_type=Path))
@@ -22,7 +24,7 @@ import click
     help="Values to try of a setting; repeatable.  [default: all]",
 )
 @click.option("--oracle", is_flag=True, help="Also print what each choice reaches on the test labels of DATA.")
-@click.option("--seed", default=0, show_default=True, help="Of the synthetic defects.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the synthetic defects.")
 @click.option("--engine", default="auto", show_default=True, help="auto, openvino, onnxruntime or torch.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 def tune_command(
@@ -43,11 +45,11 @@ def tune_command(
     Synthetic defects are made in good images of DATA that MODEL was not fitted on; the settings at which they stand out
     most are written to a new model file, calibrated on good images that did not serve the choice.
     """
-    from flawmap.cli.options import check_output, parse_grid
+    from flawmap.cli.options import check_model_output, check_outputs, files_of, parse_grid
     from flawmap.cli.progress import ProgressLines, quiet_libraries
 
     quiet_libraries()
-    check_output(output)
+    check_model_output(output)
     grid = {}
     for key, values in parse_grid(grids).items():
         try:
@@ -58,6 +60,7 @@ def tune_command(
     from flawmap.datasets import find_dataset
 
     dataset = find_dataset(data, category)
+    check_outputs({"-o": output}, [model, *files_of(dataset)])
 
     from flawmap.detector import Detector
     from flawmap.tuning.live import tune

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from flawmap.errors import FlawmapError
 from flawmap.imaging.placement import Placement
 from flawmap.judging.calibration import GUARANTEES, Calibration, Threshold
 from flawmap.judging.inspection import Inspection, Verdict
+from flawmap.ranges import SCORES, finite, rate
 
 
 @dataclass(frozen=True)
@@ -83,12 +83,12 @@ class Judge:
             max_false_reject = self.max_false_reject
         if (max_false_reject is None) == (threshold is None):
             raise FlawmapError("give either a false-reject rate or a threshold")
-        if max_false_reject is not None and not 0 < max_false_reject < 1:
-            raise FlawmapError(f"--max-false-reject must lie between 0 and 1, got {max_false_reject}")
+        if max_false_reject is not None:
+            max_false_reject = rate("--max-false-reject", max_false_reject)
         if guarantee not in (None, *GUARANTEES):
             raise FlawmapError(f"unknown guarantee {guarantee}: choose {' or '.join(GUARANTEES)}")
-        if threshold is not None and math.isnan(threshold):  # which no score would reach
-            raise FlawmapError(f"--threshold must be a number, got {threshold}")
+        if threshold is not None:
+            threshold = finite("--threshold", threshold, SCORES)
         if self.calibration is None:
             raise FlawmapError("a setting was moved without calibrating anew, so no threshold can be had: calibrate")
         if max_false_reject is not None:

@@ -94,7 +94,7 @@ class TrainingData:
             self._extract(paths, engine, progress, announce)
         except BaseException as error:
             self.__exit__()
-            if isinstance(error, OSError):
+            if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):  # of who is told the progress
                 raise FlawmapError(
                     f"the features of {len(paths)} images cannot be kept in {folder.parent} "
                     f"({error.strerror or error}): free some space, or set TMPDIR to a larger disk"
@@ -115,6 +115,7 @@ class TrainingData:
         done = len(digests) - len(missing)
         pooled: list[NDArray[np.float32]] = []  # of windows whose image is not complete
         told = False
+        whole: list[tuple[str, int, dict[str, Any]]] = []
         for batch in read_batches(missing, self.prepare, fingerprints=True):
             if len(batch.inputs):
                 inputs, inside = self.views(self.prepare.preprocessing.normalised(batch.inputs), batch.inside)
@@ -132,15 +133,17 @@ class TrainingData:
                     what = f"features of {len(missing)} images{self.views.describe()}"
                     announce(f"{what}: {expected * self._cache.row_bytes / 1e6:.0f} MB on disk while training")
                     told = True
-            whole = []
             for picture in batch.pictures:
                 assert picture.path is not None
                 if picture.error is not None:
                     errors[picture.path] = picture.error
                 else:
                     whole.append(self._described(digests[picture.path], picture, pooled))
-            # A batch at once: what is resumed is cut into the same batches, on whose size torch's last digits depend.
-            self._cache.commit_all(whole)
+            # Where no image goes on in the next batch: what is resumed is cut into the same batches, on whose size
+            # torch's last digits depend.
+            if not pooled:
+                self._cache.commit_all(whole)
+                whole = []
             done += len(batch.pictures)
             progress("features", done, len(digests))
         for path in paths:
@@ -231,7 +234,9 @@ class TrainingData:
         number = (row - self._cache.images[self.digests[image]].start) // self.views.count
         pixels = read_image(self.paths[image])
         placement = self.prepare.place(pixels)
-        found = next(x for i, x in enumerate(self.prepare.inputs(pixels, placement)) if i == number)
+        found = next((x for i, x in enumerate(self.prepare.inputs(pixels, placement)) if i == number), None)
+        if found is None:
+            raise FlawmapError(f"{self.paths[image]}: was changed while it was being learnt from; train again")
         return self.prepare.preprocessing.normalised(found), placement.inside()[number]
 
     def pixels(self, row: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
@@ -28,7 +31,7 @@ from flawmap.learning.good_scores import GoodScores, Split, calibration_images, 
 from flawmap.learning.latents import Latents
 from flawmap.learning.loop import train
 from flawmap.learning.views import Views
-from flawmap.learning.workspace import identity, work_in
+from flawmap.learning.workspace import Workspace, identity, work_in
 from flawmap.line.engines import Engine, cpu_threads
 from flawmap.methods import Method
 
@@ -38,6 +41,7 @@ SHORT = 16
 """Hexadecimal digits by which a model file names the images it was fitted on."""
 
 _LIBRARIES = ("flawmap", "torch", "timm", "numpy", "scipy", "pillow")
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")  # what NumPy's and the engines' follow
 _DOUBTFUL, _OF_USUAL = 0.5, 0.75  # of an alignment's quality
 
 
@@ -82,7 +86,11 @@ class Recipe:
 
 @dataclass
 class Fitted:
-    """What came of it; the attributes are `Detector`'s, without the underscore at their end."""
+    """What came of it; the attributes are `Detector`'s, without the underscore at their end.
+
+    Attributes:
+        workspace: to be deleted once the rest is safe; None where there was none.
+    """
 
     method: Method
     preparation: Preparation
@@ -94,6 +102,7 @@ class Fitted:
     near_duplicates: list[list[Path]]
     left_out: list[ImageError]
     sizes: list[tuple[int, int]]
+    workspace: Workspace | None
 
 
 def fit(
@@ -135,7 +144,7 @@ def fit(
     made_by = _made_by(recipe, backbone, preparation, engine, views)
     run = {**made_by, "method": recipe.method, "config": config, "seed": recipe.seed, "images": [*paths, *further]}
     with (
-        work_in(folder, run, resume),
+        work_in(folder, run, resume) as workspace,
         TrainingData(
             [*paths, *further],
             preparation,
@@ -161,7 +170,7 @@ def fit(
             )
         alike = data.near_duplicates(images)
         groups = _groups(data.digests, alike)
-        learning = _Learning(recipe, config, backbone, data, groups, folder, progress, announce)
+        learning = _Learning(recipe, config, backbone, data, groups, folder, identity(**run), progress, announce)
         sizes = [(height, width) for height, width in (data.record(i)["size"] for i in images)]
         method, split, good = learning.learn(images)
         if drop_atypical:
@@ -199,6 +208,7 @@ def fit(
             [[data.paths[i] for i in group] for group in alike],
             data.unreadable,
             sizes,
+            workspace,
         )
 
 
@@ -212,6 +222,7 @@ class _Learning:
     data: TrainingData
     groups: Sequence[int]
     folder: Path | None
+    run: str
     progress: Progress
     announce: Announce
 
@@ -238,6 +249,7 @@ class _Learning:
                 progress=told,
                 announce=say,
                 checkpoint=checkpoint,
+                run=f"{self.run} {of}",
             )
             return method
 
@@ -277,7 +289,8 @@ def _made_by(
         "preparation": {**preparation.to_json(), **prepared},
         "engine": engine.name,
         "device": recipe.device,
-        "threads": cpu_threads(),
+        "threads": [cpu_threads(), torch.get_num_threads(), *(os.environ.get(name) for name in _THREADS)],
+        "processor": [platform.machine(), torch.backends.cpu.get_cpu_capability()],
         "libraries": {name: version(name) for name in _LIBRARIES},
     }
 

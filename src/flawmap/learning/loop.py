@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -16,10 +17,12 @@ import torch
 from torch import Tensor
 
 from flawmap.errors import FlawmapError
-from flawmap.files import replacing
+from flawmap.files import reading, replacing
 from flawmap.learning.data import COLLECTED, Announce, Progress, TrainingData, batches, on_device, quiet, silent
 from flawmap.learning.defective import DefectiveBatches
 from flawmap.methods import Collect, Method, Optimise, Stage, SyntheticDefects
+
+_SIGNED = 32  # bytes at the end of a checkpoint
 
 Load = Callable[[Sequence[int], Sequence[np.random.Generator]], tuple[list[Tensor], Tensor | None]]
 """(some rows, a generator for each) -> what a stage's function takes."""
@@ -36,19 +39,21 @@ def train(
     progress: Progress = quiet,
     announce: Announce = silent,
     checkpoint: Path | None = None,
+    run: str = "",
 ) -> None:
     """Runs stages, those of `method` by default, over the model inputs `rows` of `data`; it is ready to score after.
 
     `groups` are those of the rows, by which inputs are left out later, see `Method.groups`.
     The same seed, machine, thread count and library versions give the same tensors. With a `checkpoint`, the state is
-    written there after every epoch, and a training that was killed goes on from it to the same tensors.
+    written there after every epoch, and a training that was killed goes on from it to the same tensors. `run` is what
+    decides the result beside the method and the rows: a checkpoint of another is not gone on from.
 
     Raises:
-        FlawmapError: the loss is not finite, memory runs out, or the checkpoint is damaged.
+        FlawmapError: the loss is not finite, memory runs out, or the checkpoint is damaged or of another run.
     """
     device = next(chain(method.parameters(), method.buffers())).device
     method.groups = None if groups is None else torch.tensor(groups)
-    state = _Checkpoint(checkpoint if method.optimises else None, method)
+    state = _Checkpoint(checkpoint if method.optimises else None, method, f"{run} {seed} {list(rows)}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for number, stage in enumerate(stages or method.stages(len(rows)), start=1):
@@ -201,29 +206,49 @@ class _Checkpoint:
     The backbone's weights are left out where the method does not tune them.
     """
 
-    def __init__(self, path: Path | None, method: Method) -> None:
-        self.path, self.method = path, method
+    def __init__(self, path: Path | None, method: Method, run: str) -> None:
+        self.path, self.method, self.run = path, method, run
         self.stages = self.epochs = 0
         self._kept: dict[str, Any] = {}
         if path is None or not path.exists():
             return
-        try:
-            self._kept = torch.load(path, weights_only=True)
+        with reading(path) as file:
+            content = file.read()
+        content, signed = content[:-_SIGNED], content[-_SIGNED:]
+        with self._telling():
+            if signed != self._signature(content):
+                raise ValueError("another checksum")
+            self._kept = torch.load(io.BytesIO(content), weights_only=True)
             self.stages, self.epochs = self._kept["stages"], self._kept["epochs"]
-        except Exception as error:  # torch raises several kinds for files that are damaged
-            raise FlawmapError(f"the checkpoint {path} is damaged: train again without --resume") from error
+
+    def _signature(self, content: bytes | memoryview) -> bytes:
+        """Of a checkpoint's content and of its run."""
+        sha = hashlib.sha256(self.run.encode())
+        sha.update(content)
+        return sha.digest()
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # torch raises several kinds for what is damaged or does not fit
+            raise FlawmapError(
+                f"{self.path}: the checkpoint is damaged, or of another training; start anew with --discard"
+            ) from error
 
     def restore(self) -> None:
         """Puts the kept state into the method, once."""
         if "method" in self._kept:
-            self.method.load_state({**self.method.state_dict(), **self._kept.pop("method")})
+            with self._telling():
+                self.method.load_state({**self.method.state_dict(), **self._kept.pop("method")})
 
     def resume(self, optimiser: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler | None) -> None:
         """Puts the kept state into the optimiser and the schedule of the stage that goes on."""
         if self.epochs:
-            optimiser.load_state_dict(self._kept.pop("optimiser"))
-            if schedule is not None:
-                schedule.load_state_dict(self._kept.pop("schedule"))
+            with self._telling():
+                optimiser.load_state_dict(self._kept.pop("optimiser"))
+                if schedule is not None:
+                    schedule.load_state_dict(self._kept.pop("schedule"))
 
     def save(
         self,
@@ -249,3 +274,4 @@ class _Checkpoint:
         torch.save(kept, file)
         with replacing(self.path) as target:
             target.write(file.getbuffer())
+            target.write(self._signature(file.getbuffer()))

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flawmap.errors import FlawmapError
+from flawmap.files import reading
 from flawmap.judging.judge import Judge
 from flawmap.line.engines import check_graph_engine, compile_graph
 from flawmap.line.inspector import Inspector
@@ -61,12 +62,13 @@ def read_exported(path: Path) -> tuple[bytes, dict[str, Any]]:
         FlawmapError: the file is missing, is no exported flawmap model, was cut off or edited, is of a newer format,
             or holds operators of others or data outside itself.
     """
-    if not path.is_file():
+    if not path.exists():
         raise FlawmapError(f"model file {path} does not exist: make one with `flawmap export MODEL -o {path}`")
     try:
-        whole = path.read_bytes()
+        with reading(path) as file:
+            whole = file.read(LIMIT + 1)
     except OSError as error:
-        raise FlawmapError(f"model file {path} cannot be read ({error.strerror}): check its permissions") from error
+        raise FlawmapError(f"model file {path} cannot be read ({error.strerror}): check the disk") from error
     if len(whole) > LIMIT:
         raise FlawmapError(f"{path} is larger than an ONNX file can be: export it again")
     try:

@@ -24,7 +24,7 @@ from flawmap.imaging.reading import BATCH, Batch, Picture, as_source, is_several
 from flawmap.judging.inspection import Inspection
 from flawmap.judging.judge import Judge
 from flawmap.line.engines import Engine
-from flawmap.line.model_card import ModelCard
+from flawmap.line.model_card import ModelCard, check_model_path
 from flawmap.report.overlays import HeatScale
 
 # Who reads a model file, by its suffix. A file of the lab is read by the lab, looked for when such a file is given.
@@ -313,6 +313,7 @@ def read_card(path: Path) -> tuple[ModelCard, dict[str, Any]]:
 
 def _reader(path: Path) -> Any:
     """The module that reads a model file."""
+    check_model_path(path)
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise FlawmapError(f"{path} is no model: give a .safetensors file of `flawmap train`, or its .onnx export")

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from flawmap.errors import FlawmapError
+from flawmap.files import other_kind
 from flawmap.imaging.captures import CaptureLimits
+from flawmap.imaging.image_files import IMAGE_SUFFIXES
 from flawmap.imaging.preparation import Preparation
 from flawmap.judging.calibration import GUARANTEES, Calibration, Threshold
+from flawmap.ranges import rate
 
 
 @dataclass(frozen=True)
@@ -77,8 +82,9 @@ class ModelCard:
         """
         kept = content["calibration"]
         scores, peaks = np.array(kept["scores"], np.float32), np.array(kept["peaks"], np.float32)
-        if content["guarantee"] not in GUARANTEES or not 0 < float(content["max_false_reject"]) < 1:
-            raise ValueError("the false-reject rate or its guarantee is unknown")
+        kept_rate = rate("max_false_reject", content["max_false_reject"])
+        if content["guarantee"] not in GUARANTEES:
+            raise ValueError("its guarantee is unknown")
         training = content["training"]
         if not {"images", "seed", "engine"} <= training.keys():
             raise KeyError("training")
@@ -91,8 +97,25 @@ class ModelCard:
             Preparation.from_json(content["preparation"], arrays),
             CaptureLimits.from_json(content["captures"]),
             Calibration(scores, peaks, kept["mode"]),
-            float(content["max_false_reject"]),
+            kept_rate,
             content["guarantee"],
             dict(training),
             bool(content["localises"]),
         )
+
+
+def check_model_path(path: Path) -> None:
+    """Refuses what is given as a model and is none for certain.
+
+    Raises:
+        FlawmapError: a folder, an image, or no file at all, such as a pipe.
+    """
+    first = "MODEL comes first, then the images"
+    if path.is_dir():
+        raise FlawmapError(f"{path}: is a folder, not a model; {first}")
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        raise FlawmapError(f"{path}: is an image, not a model; {first}")
+    if path.suffix.lower() == ".csv":
+        raise FlawmapError(f"{path}: is a table, not a model; {first}")
+    if path.exists() and (kind := other_kind(path.stat().st_mode)) is not None:
+        raise FlawmapError(f"{path}: is {kind}, not a model; give a file of `flawmap train` or `flawmap export`")

@@ -52,33 +52,35 @@ class CAINNFlowConfig(LevelledConfig):
     deep_levels: tuple[str, ...] | None = Field(
         None, description="further levels of the image score; known ones if unset"
     )
-    stride: int = Field(16, ge=1, description="input pixels between positions of the finest level, at most 16")
+    stride: int = Field(16, ge=1, le=1024, description="input pixels between positions of the finest level, at most 16")
     subnet: Literal["CAC", "CA", "AC", "CC"] = Field(
         "CAC", description="C: convolution, A: CBAM (Eqs. 11, 9, 10 and 12)"
     )
-    steps: int = Field(2, ge=1, description="flow steps on each level")
+    steps: int = Field(2, ge=1, le=64, description="flow steps on each level")
     alternate: bool = Field(False, description="every second step has 1 x 1 convolutions")
     two_sided: bool = Field(True, description="a step changes both halves of the channels (Eq. 1)")
     st_shared: bool = Field(True, description="scale and shift come from one network")
-    hidden: float = Field(1.0, gt=0, description="channels between convolutions over those before")
-    reduction: int = Field(16, ge=1, description="r of the channel attention (Eq. 7)")
+    hidden: float = Field(1.0, gt=0, le=16, description="channels between convolutions over those before")
+    reduction: int = Field(16, ge=1, le=4096, description="r of the channel attention (Eq. 7)")
     spatial_first: bool = Field(False, description="the order of CBAM's two attentions; the paper's is false (Eq. 6)")
     activation: bool = Field(True, description="ReLU between convolutions")
     permutation: Literal["random", "none", "soft"] = Field("random", description="of channels; soft: a random rotation")
     actnorm: Literal["data", "identity", "none"] = Field("data", description="how activation normalisation starts")
     clamp: Clamp = Field("tanh", description="how log-scales are bounded")
-    bound: float = Field(1.9, gt=0, description="the bound of log-scales")
+    bound: float = Field(1.9, gt=0, le=1e6, description="the bound of log-scales")
     feature_norm: bool = Field(False, description="a trainable LayerNorm over C x H x W before the flows of a CNN")
     scoring: Literal["likelihood", "probability"] = Field("likelihood", description="-log p, or 1 - p")
     score_logdet: float = Field(0.5, ge=0, le=1, description="share of the log-determinant in the map")
     image_logdet: float = Field(0.0, ge=0, le=1, description="share of the log-determinant in the image score")
     image_score: Literal["position", "map"] = Field("position", description="largest value before, or after smoothing")
     weights: Literal["channels", "equal"] = Field("channels", description="what each level counts")
-    epochs: int = Field(20, ge=1, description="passes over the training images")
-    max_steps: int = Field(500, ge=0, description="fewer passes where they would take more steps; 0: no limit")
-    batch_size: int = Field(8, ge=1, description="images in a step")
-    learning_rate: float = Field(2e-3, gt=0, description="of Adam")
-    weight_decay: float = Field(1e-5, ge=0, description="of Adam")
+    epochs: int = Field(20, ge=1, le=100_000, description="passes over the training images")
+    max_steps: int = Field(
+        500, ge=0, le=100_000_000, description="fewer passes where they would take more steps; 0: no limit"
+    )
+    batch_size: int = Field(8, ge=1, le=4096, description="images in a step")
+    learning_rate: float = Field(2e-3, gt=0, le=1e6, description="of Adam")
+    weight_decay: float = Field(1e-5, ge=0, le=1e6, description="of Adam")
     sigma: float = Field(4.0, ge=0, le=1000, description="Gaussian smoothing of the map, in input pixels")
 
 

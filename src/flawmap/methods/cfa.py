@@ -55,8 +55,10 @@ class CFAConfig(LevelledConfig):
     """Settings of CFA."""
 
     levels: tuple[str, ...] | None = Field(None, description="backbone levels; those at 1/4, 1/8 and 1/16 if unset")
-    stride: int = Field(4, ge=1, description="input pixels between patches, or those of the finest level if more")
-    pool: int = Field(3, ge=1, description="side of the neighbourhood that is averaged, odd")
+    stride: int = Field(
+        4, ge=1, le=1024, description="input pixels between patches, or those of the finest level if more"
+    )
+    pool: int = Field(3, ge=1, le=63, description="side of the neighbourhood that is averaged, odd")
     whiten: bool = Field(True, description="whitened patches and a descriptor that starts as the identity")
     coordinates: bool = Field(True, description="CoordConv: the descriptor also reads row and column")
     gamma_d: float = Field(0.5, gt=0, le=1, description="channels after the descriptor over those before it")
@@ -65,22 +67,24 @@ class CFAConfig(LevelledConfig):
     beta: float = Field(0.0, ge=0, le=1, description="rate of Algorithm 1's moving average; 0: a running mean")
     attraction: bool = Field(True, description="the loss of Eq. 1")
     repulsion: bool = Field(True, description="the loss of Eq. 2")
-    k: int = Field(3, ge=1, description="K, nearest vectors that attract (Eq. 1) and that score (Eq. 5)")
-    j: int = Field(3, ge=1, description="J, next nearest vectors that repel (Eq. 2)")
-    radius: float = Field(0.0, ge=0, description="r; 0: the quantile of the good patches' distances")
+    k: int = Field(3, ge=1, le=1000, description="K, nearest vectors that attract (Eq. 1) and that score (Eq. 5)")
+    j: int = Field(3, ge=1, le=1000, description="J, next nearest vectors that repel (Eq. 2)")
+    radius: float = Field(0.0, ge=0, le=1e6, description="r; 0: the quantile of the good patches' distances")
     radius_quantile: float = Field(0.8, ge=0, le=1, description="share of those distances within the radius")
     r_mode: Literal["fixed", "trainable"] = Field("fixed", description="whether r is trained with the descriptor")
-    alpha: float = Field(0.0, ge=0, description="margin of the repulsion")
-    nu: float = Field(1e-3, gt=0, description="both losses are divided by it")
+    alpha: float = Field(0.0, ge=0, le=1e6, description="margin of the repulsion")
+    nu: float = Field(1e-3, gt=0, le=1e6, description="both losses are divided by it")
     distance: Literal["squared", "plain"] = Field("squared", description="the distance of Eqs. 1 and 2")
     scoring: Literal["naive", "certainty"] = Field("naive", description="Eq. 4, or Eq. 5")
     image_score: Literal["patch", "map"] = Field("patch", description="largest value before, or after smoothing")
-    epochs: int = Field(10, ge=0, description="passes over the training images")
-    max_steps: int = Field(400, ge=0, description="fewer passes where they would take more steps; 0: no limit")
-    positions: int = Field(256, ge=0, description="patches of each image that a step sees; 0: all")
-    batch_size: int = Field(4, ge=1, description="images in a step")
-    learning_rate: float = Field(3e-4, gt=0, description="of AdamW with amsgrad")
-    weight_decay: float = Field(5e-4, ge=0, description="of AdamW")
+    epochs: int = Field(10, ge=0, le=100_000, description="passes over the training images")
+    max_steps: int = Field(
+        400, ge=0, le=100_000_000, description="fewer passes where they would take more steps; 0: no limit"
+    )
+    positions: int = Field(256, ge=0, le=1_000_000, description="patches of each image that a step sees; 0: all")
+    batch_size: int = Field(4, ge=1, le=4096, description="images in a step")
+    learning_rate: float = Field(3e-4, gt=0, le=1e6, description="of AdamW with amsgrad")
+    weight_decay: float = Field(5e-4, ge=0, le=1e6, description="of AdamW")
     sigma: float = Field(4.0, ge=0, le=1000, description="Gaussian smoothing of the map, in input pixels")
 
 

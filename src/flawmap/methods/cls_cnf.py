@@ -58,8 +58,8 @@ class ClsCnfConfig(EncoderTuningConfig, PositionFlowsConfig):
 
     shared: bool = Field(True, description="the flows read the tuned encoder, not the pretrained one beside it")
     maps: Literal["joint", "flows", "classifier"] = Field("joint", description="what the anomaly map consists of")
-    weight: float = Field(1.0, ge=0, description="w, of the classifier's map; can be moved after training")
-    blocks: int = Field(6, ge=1, description="of each flow")
+    weight: float = Field(1.0, ge=0, le=1e6, description="w, of the classifier's map; can be moved after training")
+    blocks: int = Field(6, ge=1, le=64, description="of each flow")
     skips: bool = Field(True, description="the decoder takes in the encoder's shallower levels")
     upsampling: Literal["bilinear", "bicubic"] = Field("bilinear", description="how the decoder enlarges")
     reflect: bool = Field(False, description="the encoder's convolutions pad by reflection")

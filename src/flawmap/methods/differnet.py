@@ -46,20 +46,24 @@ class DifferNetConfig(Config):
 
     levels: tuple[str, ...] | None = Field(None, description="backbone levels; those at 1/8, 1/16 and 1/32 if unset")
     deepest: bool = Field(False, description="where levels are unset, the last one alone")
-    rotations: int = Field(4, ge=1, description="angles at which an image is seen, evenly spaced")
-    scales: int = Field(3, ge=1, description="sizes at which it is seen, each half of the one before")
+    rotations: int = Field(4, ge=1, le=64, description="angles at which an image is seen, evenly spaced")
+    scales: int = Field(3, ge=1, le=8, description="sizes at which it is seen, each half of the one before")
     deviations: bool = Field(True, description="vectors hold standard deviations beside the means")
-    components: int = Field(256, ge=0, description="principal components that the flow reads; 0: it reads the vectors")
-    ridge: float = Field(0.01, gt=0, description="variance added in every direction, of a standardised value's")
-    blocks: int = Field(8, ge=1, description="permutations with a coupling each")
-    hidden: int = Field(128, ge=1, description="width of the subnets' hidden layers")
-    layers: int = Field(2, ge=1, description="linear layers of a subnet")
+    components: int = Field(
+        256, ge=0, le=4096, description="principal components that the flow reads; 0: it reads the vectors"
+    )
+    ridge: float = Field(0.01, gt=0, le=1e6, description="variance added in every direction, of a standardised value's")
+    blocks: int = Field(8, ge=1, le=64, description="permutations with a coupling each")
+    hidden: int = Field(128, ge=1, le=4096, description="width of the subnets' hidden layers")
+    layers: int = Field(2, ge=1, le=16, description="linear layers of a subnet")
     identity: bool = Field(True, description="couplings start as the identity")
-    noise: float = Field(0.1, ge=0, description="standard deviation of what training adds to what the flow reads")
-    epochs: int = Field(20, ge=0, description="passes over the training images")
-    batch_size: int = Field(24, ge=1, description="images in a step, each at all its angles")
-    learning_rate: float = Field(2e-4, gt=0, description="of Adam")
-    weight_decay: float = Field(1e-5, ge=0, description="of Adam")
+    noise: float = Field(
+        0.1, ge=0, le=1e6, description="standard deviation of what training adds to what the flow reads"
+    )
+    epochs: int = Field(20, ge=0, le=100_000, description="passes over the training images")
+    batch_size: int = Field(24, ge=1, le=4096, description="images in a step, each at all its angles")
+    learning_rate: float = Field(2e-4, gt=0, le=1e6, description="of Adam")
+    weight_decay: float = Field(1e-5, ge=0, le=1e6, description="of Adam")
     sigma: float = Field(3.0, ge=0, le=1000, description="Gaussian smoothing of the gradient map, in input pixels")
 
 

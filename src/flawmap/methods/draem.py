@@ -35,8 +35,8 @@ from flawmap.synthesis import DRAEM as DEFECTS
 class DRAEMConfig(ReconstructiveConfig):
     """Settings of DRAEM."""
 
-    width: int = Field(16, ge=2, description="channels at full size that repair; half as many compare")
-    epochs: int = Field(700, ge=1, description="passes over the training images")
+    width: int = Field(16, ge=2, le=256, description="channels at full size that repair; half as many compare")
+    epochs: int = Field(700, ge=1, le=100_000, description="passes over the training images")
     rotate: float = Field(0.0, ge=0, le=1, description="share of the training images turned by up to 90 degrees")
 
 

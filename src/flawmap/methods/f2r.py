@@ -58,22 +58,24 @@ class F2RConfig(FactorisationConfig, PatchProjectionConfig, GalleryConfig):
     """Settings of F2R."""
 
     levels: tuple[str, ...] | None = Field(None, description="levels that are fused; the backbone's own if unset")
-    steps: int = Field(6, ge=1, description="flow steps of T")
+    steps: int = Field(6, ge=1, le=64, description="flow steps of T")
     actnorm: bool = Field(True, description="activation normalisation in each step")
     mixing: Literal["plain", "lu", "permutation"] = Field("plain", description="the matrix W of each step")
-    hidden: float = Field(1.125, gt=0, description="width of the couplings' networks over the channels of f")
+    hidden: float = Field(1.125, gt=0, le=16, description="width of the couplings' networks over the channels of f")
     split: float = Field(0.5, gt=0, lt=1, description="share of z that is z_l")
     alpha: float = Field(1.0, ge=0, le=10, description="factor of z_l, what is there")
     beta: float = Field(0.8, ge=0, le=10, description="factor of z_g, where it is")
     image_score: Literal["map", "patch"] = Field("map", description="largest value after, or before smoothing")
-    epochs: int = Field(30, ge=0, description="passes over the training images")
-    max_steps: int = Field(600, ge=0, description="fewer passes where they would take more steps; 0: no limit")
-    positions: int = Field(256, ge=0, description="patches of each image that a step sees; 0: all")
-    batch_size: int = Field(8, ge=1, description="images in a step")
-    learning_rate: float = Field(1e-3, gt=0, description="of AdamW, at the start of a cosine")
-    weight_decay: float = Field(0.05, ge=0, description="of AdamW")
+    epochs: int = Field(30, ge=0, le=100_000, description="passes over the training images")
+    max_steps: int = Field(
+        600, ge=0, le=100_000_000, description="fewer passes where they would take more steps; 0: no limit"
+    )
+    positions: int = Field(256, ge=0, le=1_000_000, description="patches of each image that a step sees; 0: all")
+    batch_size: int = Field(8, ge=1, le=4096, description="images in a step")
+    learning_rate: float = Field(1e-3, gt=0, le=1e6, description="of AdamW, at the start of a cosine")
+    weight_decay: float = Field(0.05, ge=0, le=1e6, description="of AdamW")
     decay_all: bool = Field(False, description="weight decay on everything, not on linear layers alone")
-    views: int = Field(4, ge=1, description="rotated views of each image, itself counted")
+    views: int = Field(4, ge=1, le=64, description="rotated views of each image, itself counted")
     rotation: float = Field(30.0, ge=0, le=180, description="degrees by which views are turned at most")
     sigma: float = Field(4.0, ge=0, le=1000, description="Gaussian smoothing of the map, in input pixels")
 

@@ -33,10 +33,10 @@ class PaDiMConfig(LevelledConfig):
     """Settings of PaDiM."""
 
     levels: tuple[str, ...] | None = Field(None, description="backbone levels; the backbone's own if unset")
-    channels: int = Field(100, ge=1, description="channels after the reduction (Section III-C)")
+    channels: int = Field(100, ge=1, le=4096, description="channels after the reduction (Section III-C)")
     reduction: Literal["random", "orthogonal"] = Field("random", description="how channels are reduced")
     covariance: Literal["full", "diagonal"] = Field("full", description="shape of each position's Gaussian")
-    epsilon: float = Field(0.01, gt=0, description="regularisation of the covariance (Eq. 1)")
+    epsilon: float = Field(0.01, gt=0, le=1e6, description="regularisation of the covariance (Eq. 1)")
     sigma: float = Field(4.0, ge=0, le=1000, description="Gaussian smoothing of the map, in input pixels")
 
 

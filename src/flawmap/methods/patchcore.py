@@ -50,7 +50,7 @@ class PatchCoreConfig(MemoryBankConfig):
     map_share: float = Field(0.3, ge=0, le=1, description="share of the deep levels in the map")
     image_share: float = Field(0.35, ge=0, le=1, description="share of the deep levels in the image score")
     reweight: bool = Field(False, description="the paper's reweighting of the image score (Eq. 7)")
-    neighbours: int = Field(9, ge=2, description="b of Eq. 7")
+    neighbours: int = Field(9, ge=2, le=1000, description="b of Eq. 7")
     sigma: float = Field(4.0, ge=0, le=1000, description="Gaussian smoothing of the map, in input pixels")
 
 

@@ -56,18 +56,18 @@ class POUTAConfig(ReconstructiveConfig):
     variant: Literal["vanilla", "base", "hsg", "mss", "full"] = Field(
         "full", description="vanilla: images are compared; base: maps; hsg: with guidance; mss: with supervision"
     )
-    width: int = Field(16, ge=2, description="channels at full size")
+    width: int = Field(16, ge=2, le=256, description="channels at full size")
     recon_style: Literal["transposed", "bilinear"] = Field("transposed", description="how the decoder upsamples")
     fcm_act: bool = Field(True, description="batch normalisation and ReLU after the convolutions that compare")
     hsg_gate: Gate = Field("sigmoid", description="how the guiding maps are bounded")
-    head_width: int = Field(32, ge=0, description="channels before the last convolution; 0: none before it")
+    head_width: int = Field(32, ge=0, le=1024, description="channels before the last convolution; 0: none before it")
     reconstruction_loss: Literal["mse+ssim", "mse", "ssim", "none"] = Field("mse+ssim", description="terms of L_rec")
     prediction_loss: Literal["focal+l1", "focal", "l1"] = Field("focal+l1", description="terms of L_pre and L_SS")
-    lambda_1: float = Field(0.4, ge=0, description="weight of the loss at full size")
-    lambda_2: float = Field(0.3, ge=0, description="at half size")
-    lambda_3: float = Field(0.2, ge=0, description="at a quarter")
-    lambda_4: float = Field(0.1, ge=0, description="at an eighth")
-    epochs: int = Field(600, ge=1, description="passes over the training images")
+    lambda_1: float = Field(0.4, ge=0, le=1e6, description="weight of the loss at full size")
+    lambda_2: float = Field(0.3, ge=0, le=1e6, description="at half size")
+    lambda_3: float = Field(0.2, ge=0, le=1e6, description="at a quarter")
+    lambda_4: float = Field(0.1, ge=0, le=1e6, description="at an eighth")
+    epochs: int = Field(600, ge=1, le=100_000, description="passes over the training images")
 
 
 class Reconstruction(nn.Module):

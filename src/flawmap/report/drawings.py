@@ -10,6 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from flawmap.errors import FlawmapError
 from flawmap.files import unwritable
 from flawmap.imaging.own_files import JPEG_MARK, MAP, OVERLAY, SMALL, is_own
 from flawmap.judging.inspection import Inspection
@@ -51,6 +52,17 @@ def _told_apart(name: Path, path: Path) -> Path:
 
 def _bytes(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")
+
+
+def check_drawings(folder: Path, names: Sequence[Path], images: Sequence[Path]) -> None:
+    """Raises FlawmapError where a drawing would be written over one of the images."""
+    read = {image.resolve() for image in images}
+    for name in names:
+        for end in (OVERLAY, MAP):
+            if (drawing := folder / name.with_name(name.name + end)).resolve() in read:
+                raise FlawmapError(
+                    f"{drawing} is to be inspected and would be overwritten: choose another folder with -o"
+                )
 
 
 def write_drawings(

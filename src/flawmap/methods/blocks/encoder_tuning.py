@@ -37,12 +37,14 @@ class EncoderTuningConfig(Config):
     in_domain: float = Field(0.5, ge=0, le=1, description="share of defects whose source is another training image")
     textures: Path | None = Field(None, description="folder of texture photographs; they are drawn if unset")
     object_mask: Literal["auto", "off"] = Field("auto", description="defects lie on the part where there is a ground")
-    freeze_epochs: int = Field(10, ge=0, description="passes in which the decoder alone is trained")
-    tune_epochs: int = Field(2, ge=0, description="passes in which the encoder is trained as well")
-    tune_steps: int = Field(600, ge=0, description="fewer passes, in proportion, where they take more; 0: no limit")
-    tune_batch_size: int = Field(8, ge=1, description="images in a batch of encoder and decoder")
-    tune_learning_rate: float = Field(1e-3, gt=0, description="of encoder and decoder, before its cosine")
-    weight_decay: float = Field(1e-4, ge=0, description="of encoder and decoder")
+    freeze_epochs: int = Field(10, ge=0, le=100_000, description="passes in which the decoder alone is trained")
+    tune_epochs: int = Field(2, ge=0, le=100_000, description="passes in which the encoder is trained as well")
+    tune_steps: int = Field(
+        600, ge=0, le=100_000_000, description="fewer passes, in proportion, where they take more; 0: no limit"
+    )
+    tune_batch_size: int = Field(8, ge=1, le=4096, description="images in a batch of encoder and decoder")
+    tune_learning_rate: float = Field(1e-3, gt=0, le=1e6, description="of encoder and decoder, before its cosine")
+    weight_decay: float = Field(1e-4, ge=0, le=1e6, description="of encoder and decoder")
 
     @model_validator(mode="after")
     def _trains(self) -> EncoderTuningConfig:

@@ -17,7 +17,7 @@ from flawmap.methods.contract import Config
 class FactorisationConfig(Config):
     """Settings of the loss."""
 
-    gamma: float = Field(0.01, ge=0, description="weight of the likelihood (Eq. 6)")
+    gamma: float = Field(0.01, ge=0, le=1e6, description="weight of the likelihood (Eq. 6)")
     nll_half: bool = Field(True, description="half the squared norm in Eq. 2")
     covariance: bool = Field(True, description="term 1 of Eq. 5: z_l and z_g uncorrelated")
     centred: bool = Field(True, description="the covariance of term 1 about the batch's mean")

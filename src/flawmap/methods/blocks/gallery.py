@@ -17,8 +17,10 @@ class GalleryConfig(Config):
     """Settings of the choice."""
 
     coreset: float = Field(0.1, gt=0, le=1, description="share of the patches that the gallery keeps")
-    max_vectors: int = Field(1500, ge=1, description="most vectors that the gallery keeps")
-    max_candidates: int = Field(500_000, ge=1, description="most patches that the gallery is chosen from")
+    max_vectors: int = Field(1500, ge=1, le=10_000_000, description="most vectors that the gallery keeps")
+    max_candidates: int = Field(
+        500_000, ge=1, le=1_000_000_000, description="most patches that the gallery is chosen from"
+    )
     reselect: bool = Field(False, description="the gallery is chosen among reverted patches, for each alpha and beta")
 
 

@@ -27,16 +27,26 @@ class MemoryBankConfig(LevelledConfig):
 
     levels: tuple[str, ...] | None = Field(None, description="levels of the bank; the backbone's own if unset")
     deep_levels: tuple[str, ...] | None = Field(None, description="levels of a second, coarser bank; empty: none")
-    stride: int = Field(8, ge=1, description="input pixels between patches, or those of the finest level if more")
-    pool: int = Field(3, ge=1, description="side of the neighbourhood that is averaged, odd")
+    stride: int = Field(
+        8, ge=1, le=1024, description="input pixels between patches, or those of the finest level if more"
+    )
+    pool: int = Field(3, ge=1, le=63, description="side of the neighbourhood that is averaged, odd")
     standardise: bool = Field(True, description="each channel to zero mean and unit variance over good patches")
-    components: int = Field(96, ge=0, description="half principal components, half sums of the others; 0: all channels")
-    deep_components: int = Field(128, ge=0, description="the same of the deep levels, which have more channels")
+    components: int = Field(
+        96, ge=0, le=4096, description="half principal components, half sums of the others; 0: all channels"
+    )
+    deep_components: int = Field(
+        128, ge=0, le=4096, description="the same of the deep levels, which have more channels"
+    )
     coreset: float = Field(0.01, gt=0, le=1, description="share of the patches that the bank keeps")
     deep_coreset: float = Field(0.02, gt=0, le=1, description="share of the patches that the deep levels' bank keeps")
-    min_vectors: int = Field(1500, ge=1, description="fewest vectors that the bank keeps, if it has as many patches")
-    max_vectors: int = Field(10_000, ge=1, description="most vectors that a bank keeps")
-    max_candidates: int = Field(1_000_000, ge=1, description="most patches that the coreset chooses from")
+    min_vectors: int = Field(
+        1500, ge=1, le=10_000_000, description="fewest vectors that the bank keeps, if it has as many patches"
+    )
+    max_vectors: int = Field(10_000, ge=1, le=10_000_000, description="most vectors that a bank keeps")
+    max_candidates: int = Field(
+        1_000_000, ge=1, le=1_000_000_000, description="most patches that the coreset chooses from"
+    )
 
 
 Resolved = TypeVar("Resolved", bound=MemoryBankConfig)

@@ -18,11 +18,13 @@ from flawmap.methods.contract import Collect, Config
 class PatchProjectionConfig(Config):
     """Settings of the patches."""
 
-    stride: int = Field(8, ge=1, description="input pixels between patches, or those of the finest level if more")
-    patch_pool: int = Field(1, ge=1, description="side of the neighbourhood that is averaged, odd")
+    stride: int = Field(
+        8, ge=1, le=1024, description="input pixels between patches, or those of the finest level if more"
+    )
+    patch_pool: int = Field(1, ge=1, le=63, description="side of the neighbourhood that is averaged, odd")
     standardise: bool = Field(True, description="each channel to zero mean and unit variance over good patches")
     balance: float = Field(0.5, ge=0, le=1, description="standardised channels weigh alike at 0, levels at 1")
-    components: int = Field(80, ge=0, description="principal components of f that are kept; 0: f itself")
+    components: int = Field(80, ge=0, le=4096, description="principal components of f that are kept; 0: f itself")
 
 
 class PatchProjection(nn.Module):

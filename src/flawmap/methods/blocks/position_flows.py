@@ -35,20 +35,26 @@ class PositionFlowsConfig(Config):
     deep_levels: tuple[str, ...] | None = Field(
         None, description="further levels of the image score; known ones if unset"
     )
-    pool: int = Field(3, ge=1, description="side of the neighbourhood that is averaged, odd")
+    pool: int = Field(3, ge=1, le=63, description="side of the neighbourhood that is averaged, odd")
     whiten: bool = Field(True, description="whitened vectors and flows that start as a rotation")
-    blocks: int = Field(8, ge=1, description="of each flow")
-    hidden: float = Field(1.0, gt=0, description="width of the subnets' middle layer over that of their input")
+    blocks: int = Field(8, ge=1, le=64, description="of each flow")
+    hidden: float = Field(1.0, gt=0, le=16, description="width of the subnets' middle layer over that of their input")
     two_sided: bool = Field(False, description="a block changes both halves of the channels")
     loss: Literal["sigmoid", "plain"] = Field("sigmoid", description="-log sigmoid(log p / C), or -log p / C")
-    fibres: int = Field(0, ge=0, description="vectors in a step, of one level; 0: all of a batch, of all levels")
+    fibres: int = Field(
+        0, ge=0, le=1_000_000, description="vectors in a step, of one level; 0: all of a batch, of all levels"
+    )
     shared_adam: bool = Field(False, description="between fibres, the other flows go on by momentum")
     scoring: Literal["likelihood", "log"] = Field("likelihood", description="1 - p over its largest, or log of that")
     image_score: Literal["latent", "density", "map"] = Field("latent", description="largest of |z|^2, -log p, the map")
-    epochs: int = Field(8, ge=1, description="passes of the flows over the training images")
-    max_steps: int = Field(600, ge=0, description="fewer passes where they would take more batches; 0: no limit")
-    batch_size: int = Field(8, ge=1, description="images in a batch of the flows")
-    learning_rate: float = Field(1e-3, gt=0, description="of the flows' Adam, after warm-up and before its cosine")
+    epochs: int = Field(8, ge=1, le=100_000, description="passes of the flows over the training images")
+    max_steps: int = Field(
+        600, ge=0, le=100_000_000, description="fewer passes where they would take more batches; 0: no limit"
+    )
+    batch_size: int = Field(8, ge=1, le=4096, description="images in a batch of the flows")
+    learning_rate: float = Field(
+        1e-3, gt=0, le=1e6, description="of the flows' Adam, after warm-up and before its cosine"
+    )
 
 
 AnyConfig = TypeVar("AnyConfig", bound=PositionFlowsConfig)

@@ -31,10 +31,16 @@ class ReconstructiveConfig(LevelledConfig):
     clean: float = Field(0.5, ge=0, lt=1, description="share of the training images that get no defect")
     foreground: bool = Field(False, description="defects lie on the part, where images show parts on a ground")
     textures: Path | None = Field(None, description="folder of texture photographs; they are drawn if unset")
-    max_steps: int = Field(600, ge=0, description="fewer passes where they would take more steps; 0: no limit")
-    batch_size: int = Field(8, ge=1, description="images in a step")
-    learning_rate: float = Field(1e-3, gt=0, description="of Adam; a fifth after 80 % of the steps, again after 90 %")
-    pool: int = Field(21, ge=1, description="side of the square whose mean is the image score, scaled with the input")
+    max_steps: int = Field(
+        600, ge=0, le=100_000_000, description="fewer passes where they would take more steps; 0: no limit"
+    )
+    batch_size: int = Field(8, ge=1, le=4096, description="images in a step")
+    learning_rate: float = Field(
+        1e-3, gt=0, le=1e6, description="of Adam; a fifth after 80 % of the steps, again after 90 %"
+    )
+    pool: int = Field(
+        21, ge=1, le=63, description="side of the square whose mean is the image score, scaled with the input"
+    )
 
 
 class _WithImages(nn.Module):

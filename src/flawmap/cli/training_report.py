@@ -1,0 +1,86 @@
+"""What training says of its result: in a few lines, and on the page beside the model file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from flawmap.datasets import Dataset
+    from flawmap.detector import Detector
+
+_SHOWN = 12  # atypical images on the page
+
+
+def threshold_lines(detector: Detector) -> list[str]:
+    """The threshold kept, which image sets the conformal one, and where the other one would lie, in a line each."""
+    from flawmap.errors import FlawmapError
+    from flawmap.report.wording import short_path
+
+    rate, calibration, tail = detector.max_false_reject, detector.calibration_, detector.guarantee == "tail"
+    lines = [detector.threshold_.describe()]
+    if tail:
+        lines.append(f"not used: {calibration.threshold(rate).describe()}")
+    decisive = calibration.decisive(rate, "marginal" if tail else detector.guarantee)
+    if decisive is not None:
+        paths = [one.path for one in detector.atypical_ if one.score == decisive.score]
+        lines.append(
+            f"the {'conformal ' if tail else ''}threshold is set by {short_path(paths[0]) if paths else 'one image'} "
+            f"(score {decisive.score:.6g}); without it it would be {decisive.without:.6g}"
+        )
+    if not tail:
+        try:
+            lines.append(f"not used, --tail keeps it: {calibration.threshold(rate, 'tail').describe()}")
+        except FlawmapError as refusal:
+            lines.append(f"no threshold from the tail: {refusal}")
+    return lines
+
+
+def notes(detector: Detector, updated: bool) -> list[str]:
+    """What the user should know of the images, in a line each."""
+    if updated:
+        return []
+    told = []
+    if detector.atypical_:
+        most = ", ".join(f"{one.path.name} ({one.score:.4g})" for one in detector.atypical_[:3])
+        told.append(f"most unusual good images: {most}; look at them in the report, --drop-atypical N leaves N out")
+    if detector.near_duplicates_:
+        count = sum(len(group) - 1 for group in detector.near_duplicates_)
+        told.append(
+            f"{count} images show what another one shows (see the report): they add little, and the rate above holds "
+            "only for parts as alike"
+        )
+    return told
+
+
+def write_report(path: Path, detector: Detector, dataset: Dataset) -> None:
+    """The page that training ends with."""
+    from flawmap.datasets.duplicates import in_train_and_test
+    from flawmap.errors import ImageError
+    from flawmap.imaging.decoding import read_image
+    from flawmap.report.pictures import take_picture
+    from flawmap.report.training_page import AtypicalPicture, Learnt, LeftOut, write_training_page
+
+    scale = detector.heat_scale()
+    unusual = detector.atypical_[:_SHOWN]
+    pictures = []
+    for one, inspection in zip(unusual, detector.stream([one.path for one in unusual]), strict=True):
+        try:
+            picture = None if scale is None else take_picture(read_image(one.path), inspection, scale)
+        except ImageError:  # gone since it was read
+            picture = None
+        pictures.append(AtypicalPicture(one.path, one.score, one.p_value, picture))
+    left_out = []
+    for error in detector.left_out_:
+        name, _, reason = str(error).partition(": ")
+        left_out.append(LeftOut(Path(name), reason))
+    write_training_page(
+        path,
+        detector.settings() | {"data": dataset.name},
+        Learnt(detector.sizes_, left_out, pictures, detector.near_duplicates_, in_train_and_test(dataset)),
+        detector.calibration_,
+        detector.threshold_,
+        scale=scale,
+        pixel_threshold=detector.pixel_threshold_,
+        config=detector.method_.config.model_dump(mode="json"),
+    )
