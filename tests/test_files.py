@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from flawmap import FlawmapError, files
-from flawmap.files import UNFINISHED, claim_folder, filling, reading, replacing, write_png
+from flawmap.files import UNFINISHED, claim_folder, filling, open_regular, replacing, write_png
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX files")
 
@@ -29,7 +29,7 @@ def refused(match, call, *arguments):
 
 
 def opened(path):
-    with reading(path) as file:
+    with open_regular(path) as file:
         return file.read()
 
 

@@ -177,7 +177,7 @@ def test_a_png_whose_exif_has_another_checksum(tmp_path: Path) -> None:
 
 
 def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path) -> None:
-    kinds = {"folder.png": "is not a file but a folder", "null.png": "is a device", "endless.png": "is a device"}
+    kinds = {"folder.png": "is a folder, not a file", "null.png": "is a device", "endless.png": "is a device"}
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "null.png").symlink_to("/dev/null")
     (tmp_path / "endless.png").symlink_to("/dev/zero")
@@ -189,10 +189,10 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path) -> None:
             listening.bind("socket.png")
         finally:
             os.chdir(here)
-        for name, kind in {**kinds, "pipe.png": "is a FIFO", "socket.png": "is a socket"}.items():
+        for name, kind in {**kinds, "pipe.png": "is a pipe", "socket.png": "is a socket"}.items():
             for read in (read_image, image_size, digest, open_regular):
                 start = time.monotonic()
-                with pytest.raises(ImageError, match=rf"{name}: {kind}.*; give an image"):
+                with pytest.raises(ImageError, match=rf"{name}: {kind}.*; give a file"):
                     read(tmp_path / name)
                 assert time.monotonic() - start < 1
 

@@ -10,7 +10,11 @@ class FlawmapError(Exception):
         super().__init__(message.replace("\n", "\\n"))  # a file's name may hold one
 
 
-class ImageError(FlawmapError):
+class InputError(FlawmapError):
+    """What was given cannot be used: to try again, or to go on from what was done, would fail likewise."""
+
+
+class ImageError(InputError):
     """One image (or mask) that cannot be judged. A run over many images goes on without it."""
 
 

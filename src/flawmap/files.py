@@ -35,31 +35,37 @@ _KINDS = {
 _UNSYNCABLE = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM, errno.EBADF, errno.EISDIR)
 
 
-@contextmanager
-def reading(path: Path) -> Iterator[BinaryIO]:
-    """A file to read, which a link may lead to. Pipes, sockets and devices, which may never end, are not opened.
+def open_regular(path: Path) -> BinaryIO:
+    """A file opened for reading, to which a link may lead. Pipes, sockets and devices, which may never end, are not.
 
     Raises:
-        FlawmapError: it is missing, no file, or cannot be opened. What fails while it is read is an OSError.
+        FlawmapError: it is missing, may not be read, or is no file.
     """
     try:
-        # Looked at first: to open a device can set something off.
-        kind = other_kind(path.stat().st_mode)
-        if kind is None:
-            flags = [getattr(os, name, 0) for name in ("O_NONBLOCK", "O_CLOEXEC", "O_NOCTTY", "O_BINARY")]
-            descriptor = os.open(path, os.O_RDONLY | sum(flags))
-            kind = other_kind(os.fstat(descriptor).st_mode)
-            if kind is not None:
-                os.close(descriptor)
+        # Asked before, because opening a device can set something off; and of the open file, as it may be another then.
+        _refuse_special(path, path.stat().st_mode)
+        flags = [getattr(os, name, 0) for name in ("O_NONBLOCK", "O_CLOEXEC", "O_NOCTTY", "O_BINARY")]
+        descriptor = os.open(path, os.O_RDONLY | sum(flags))
+        try:
+            _refuse_special(path, os.fstat(descriptor).st_mode)
+            return os.fdopen(descriptor, "rb")
+        except BaseException:
+            os.close(descriptor)
+            raise
     except FileNotFoundError as error:
         raise FlawmapError(f"{path}: does not exist; check the path") from error
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise FlawmapError(f"{path}: cannot be read ({reason}); check the path and its permissions") from error
+    except PermissionError as error:
+        raise FlawmapError(f"{path}: may not be read (permission denied); change its permissions") from error
+    except OSError as error:
+        raise FlawmapError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
+    except ValueError as error:  # a NUL in the name
+        raise FlawmapError(f"{path!r}: is no path ({error}); check it") from error
+
+
+def _refuse_special(path: Path, mode: int) -> None:
+    kind = other_kind(mode)
     if kind is not None:
         raise FlawmapError(f"{path}: is {kind}, not a file; give a file")
-    with os.fdopen(descriptor, "rb") as file:
-        yield file
 
 
 def other_kind(mode: int) -> str | None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flawmap.errors import FlawmapError
-from flawmap.files import reading, replacing
+from flawmap.files import open_regular, replacing
 
 FORMAT = 3
 _KEY = "flawmap"
@@ -41,7 +41,7 @@ def write_model(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
 def is_model(path: Path) -> bool:
     """Whether a file calls itself a flawmap model, or holds nothing at all; it may be damaged all the same."""
     try:
-        with reading(path) as file:
+        with open_regular(path) as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length)) if 0 < length <= _MOST_HEADER else {}
             return _KEY in header.get("__metadata__", {}) or path.stat().st_size == 0
@@ -59,7 +59,7 @@ def read_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
 
     if not path.exists():
         raise FlawmapError(f"model file {path} does not exist: train one with `flawmap train DATA -o {path}`")
-    with reading(path):
+    with open_regular(path):
         pass  # told from a pipe or a device, which the library below would wait for
     try:
         with safe_open(path, framework="pt") as file:

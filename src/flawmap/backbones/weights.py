@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from flawmap.backbones.networks import create_network
 from flawmap.errors import FlawmapError
-from flawmap.files import reading
+from flawmap.files import open_regular
 
 
 def load_embedded(network: nn.Module) -> None:
@@ -90,7 +90,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of a weight file. Nothing is ever unpickled beyond tensors."""
     if not path.exists():
         raise FlawmapError(f"weight file {path} does not exist: give a .safetensors or .pth file")
-    with reading(path):
+    with open_regular(path):
         pass  # told from a pipe or a device, which the libraries below would wait for
     try:
         if path.suffix == ".safetensors":

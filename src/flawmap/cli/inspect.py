@@ -134,8 +134,9 @@ def inspect_command(
             if write.closed and shown is None and coco is None and not fail_on_defect:
                 return 0  # nobody reads on, and nothing else was asked for
     finally:
-        if shown is not None:
-            shown.close(finished=sum(counts.values()) == len(found))
+        if shown is not None and (trouble := shown.close(finished=sum(counts.values()) == len(found))):
+            troubles.append(trouble)
+            unwritten += 1
     if coco is not None:
         from flawmap.files import replacing
         from flawmap.report.overlays import coco as as_coco
@@ -231,17 +232,22 @@ class Shown:
         finally:
             self.items.append(inspected(self.folder, self.found[number][1], name, inspection))
 
-    def close(self, *, finished: bool) -> None:
-        """Writes the page of what was inspected, also of a run that was broken off."""
+    def close(self, *, finished: bool) -> str | None:
+        """Writes the page of what was inspected, also of a run that was broken off; says why it could not, if so."""
+        from flawmap.errors import FlawmapError
         from flawmap.report.inspection_page import write_index
         from flawmap.report.page import legend
 
-        write_index(
-            self.folder,
-            self.items,
-            model=self.model.name,
-            digest=self.inspector.digest,
-            describe=self.inspector.judge.describe(),
-            legend=legend(self.scale, self.inspector.judge.pixel_threshold),
-            finished=finished,
-        )
+        try:
+            write_index(
+                self.folder,
+                self.items,
+                model=self.model.name,
+                digest=self.inspector.digest,
+                describe=self.inspector.judge.describe(),
+                legend=legend(self.scale, self.inspector.judge.pixel_threshold),
+                finished=finished,
+            )
+        except FlawmapError as error:
+            return str(error)
+        return None

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from flawmap import files
 from flawmap.errors import FlawmapError, ImageError
 from flawmap.imaging.formats import HEAD, format_of
 from flawmap.imaging.own_files import is_own
@@ -23,12 +23,6 @@ _OF_FILE_SERVERS = (
     *("@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "__macosx", "lost+found", "thumbs.db"),
     *("desktop.ini", "system volume information"),
 )
-_KINDS = {
-    stat.S_IFIFO: "a FIFO",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-}
 
 
 @dataclass(frozen=True)
@@ -84,14 +78,14 @@ def search_folder(folder: Path) -> Found:
     passed_over: Counter[str] = Counter()
     own = 0
     seen: set[str] = set()
-    for parent, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
         real = os.path.realpath(parent)
         if real in seen:
             folders.clear()
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not hidden(name))
-        for path in (Path(parent, name) for name in files if not hidden(name)):
+        for path in (Path(parent, name) for name in names if not hidden(name)):
             if is_own(path):
                 own += 1
             elif is_image(path):
@@ -122,38 +116,15 @@ def is_image(path: Path) -> bool:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """A file opened for reading, never one whose opening or reading could wait for ever.
+    """`flawmap.files.open_regular` of an image or a list of images.
 
     Raises:
-        ImageError: it is missing, may not be read, or is a folder, a FIFO, a socket or a device.
+        ImageError: it is missing, may not be read, or is a folder, a pipe, a socket or a device.
     """
     try:
-        # Asked before, because opening a device may do something to it; and of the open file, because it may be
-        # another one by then.
-        _refuse_special(path, path.stat().st_mode)
-        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-        try:
-            _refuse_special(path, os.fstat(handle).st_mode)
-            return os.fdopen(handle, "rb")
-        except BaseException:
-            os.close(handle)
-            raise
-    except FileNotFoundError as error:
-        raise ImageError(f"{path}: does not exist; check the path") from error
-    except PermissionError as error:
-        raise ImageError(f"{path}: may not be read (permission denied); change its permissions") from error
-    except OSError as error:
-        raise ImageError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
-    except ValueError as error:  # a NUL in the name
-        raise ImageError(f"{path!r}: is no path ({error}); check it") from error
-
-
-def _refuse_special(path: Path, mode: int) -> None:
-    if stat.S_ISDIR(mode):
-        raise ImageError(f"{path}: is not a file but a folder; give an image, or its folder where a folder is expected")
-    if not stat.S_ISREG(mode):
-        kind = _KINDS.get(stat.S_IFMT(mode), "something else")
-        raise ImageError(f"{path}: is {kind}, not a file; give an image, or leave it out")
+        return files.open_regular(path)
+    except FlawmapError as error:
+        raise ImageError(str(error)) from error
 
 
 def digest(path: Path) -> str:

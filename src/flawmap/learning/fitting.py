@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from flawmap.backbones import Backbone, create_backbone, create_engine
-from flawmap.errors import FlawmapError, ImageError
+from flawmap.errors import FlawmapError, ImageError, InputError
 from flawmap.imaging.captures import CaptureLimits
 from flawmap.imaging.decoding import infer_white
 from flawmap.imaging.geometry import Geometry
@@ -133,6 +133,8 @@ def fit(
     )
     mean, std = tuple(backbone.mean), tuple(backbone.std)
     white = infer_white([*paths, *further])
+    if white is not None:
+        announce(f"16-bit images: {white} counts as white")
     preprocessing = Preprocessing(recipe.size, mean, std, white or 65535, deep=white is not None)  # type: ignore[arg-type]
     preparation = Preparation(preprocessing, recipe.image_size, recipe.geometry, recipe.region, recipe.template)
     views = Views(*kind.views(config), recipe.seed)
@@ -164,7 +166,7 @@ def fit(
         readable = set(paths)
         images = [i for i, path in enumerate(data.paths) if path in readable]
         if len(images) < 2:
-            raise FlawmapError(
+            raise InputError(
                 f"only {len(images)} of {len(paths)} good training images in {source} can be read: "
                 "at least 2 are needed"
             )
@@ -177,7 +179,7 @@ def fit(
             unusual = {good.images[i] for i in np.argsort(-good.scores, kind="stable")[:drop_atypical]}
             images = [i for i in images if i not in unusual]
             if len(images) < 2:
-                raise FlawmapError(f"--drop-atypical {drop_atypical} leaves {len(images)} images: drop fewer")
+                raise InputError(f"--drop-atypical {drop_atypical} leaves {len(images)} images: drop fewer")
             method, split, good = learning.learn(images)
         method.forget()
         latents = None

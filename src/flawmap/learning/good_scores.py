@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flawmap.errors import FlawmapError
+from flawmap.errors import FlawmapError, InputError
 from flawmap.imaging.image_files import find_images
 from flawmap.learning.alignment import LOOKED_AT, find_alignment
 from flawmap.learning.data import COLLECTED, Progress, TrainingData, batches, on_device
@@ -89,11 +89,11 @@ def split_images(
     """
     mode = calibration
     if mode == "loo" and optimises:
-        raise FlawmapError("--calibration loo: what was trained by gradient cannot forget an image; take holdout")
+        raise InputError("--calibration loo: what was trained by gradient cannot forget an image; take holdout")
     if mode == "auto":
         mode = "holdout" if optimises else "loo"
     if mode in ("loo", "crossfit", "holdout") and len({groups[i] for i in images}) < 2:
-        raise FlawmapError("all training images show the same: give different ones, or --calibration FOLDER")
+        raise InputError("all training images show the same: give different ones, or --calibration FOLDER")
     if mode in ("loo", "crossfit"):
         return Split(list(images), [], mode, groups)
     if mode == "holdout":
@@ -103,7 +103,7 @@ def split_images(
     further = range(max(images) + 1, len(digests))
     apart = [i for i in further if digests[i] not in known]
     if not apart:
-        raise FlawmapError(f"every image of --calibration {mode} is also trained on: give other good images")
+        raise InputError(f"every image of --calibration {mode} is also trained on: give other good images")
     return Split(list(images), apart, "folder")
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from flawmap.errors import FlawmapError
-from flawmap.files import reading, replacing
+from flawmap.files import open_regular, replacing
 from flawmap.learning.data import COLLECTED, Announce, Progress, TrainingData, batches, on_device, quiet, silent
 from flawmap.learning.defective import DefectiveBatches
 from flawmap.methods import Collect, Method, Optimise, Stage, SyntheticDefects
@@ -212,7 +212,7 @@ class _Checkpoint:
         self._kept: dict[str, Any] = {}
         if path is None or not path.exists():
             return
-        with reading(path) as file:
+        with open_regular(path) as file:
             content = file.read()
         content, signed = content[:-_SIGNED], content[-_SIGNED:]
         with self._telling():

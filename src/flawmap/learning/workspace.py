@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flawmap.errors import FlawmapError
+from flawmap.errors import FlawmapError, InputError
 from flawmap.files import TEMPORARY, replacing, unwritable
 
 if sys.platform == "win32":
@@ -58,7 +58,7 @@ class Workspace:
 def work_in(folder: Path | None, run: dict[str, Any], resume: bool) -> Iterator[Workspace | None]:
     """A folder that nobody else works in until the block ends, and which is left as it is then; None for none.
 
-    It goes where the block fails before anything was kept in it.
+    It goes where the block fails before anything was kept in it, or by input that nothing can be gone on with.
 
     Raises:
         FlawmapError: another process works in it, it holds an interrupted training that is not asked for or another
@@ -72,9 +72,10 @@ def work_in(folder: Path | None, run: dict[str, Any], resume: bool) -> Iterator[
         try:
             _claim(folder, mark, resume)
             yield Workspace(folder, mark)
-        except BaseException:
+        except BaseException as error:
+            useless = isinstance(error, InputError) or not _holds_anything(folder)
             with suppress(OSError, FlawmapError):
-                if _marked(folder) in (None, mark) and not _holds_anything(folder):
+                if _marked(folder) in (None, mark) and useless:
                     _delete(folder)
             raise
 

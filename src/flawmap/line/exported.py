@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flawmap.errors import FlawmapError
-from flawmap.files import reading
+from flawmap.files import open_regular
 from flawmap.judging.judge import Judge
 from flawmap.line.engines import check_graph_engine, compile_graph
 from flawmap.line.inspector import Inspector
@@ -65,7 +65,7 @@ def read_exported(path: Path) -> tuple[bytes, dict[str, Any]]:
     if not path.exists():
         raise FlawmapError(f"model file {path} does not exist: make one with `flawmap export MODEL -o {path}`")
     try:
-        with reading(path) as file:
+        with open_regular(path) as file:
             whole = file.read(LIMIT + 1)
     except OSError as error:
         raise FlawmapError(f"model file {path} cannot be read ({error.strerror}): check the disk") from error

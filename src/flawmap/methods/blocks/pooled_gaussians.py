@@ -140,7 +140,7 @@ class PooledGaussians(PositionGaussians):
         return torch.bucketize(groups, self._last)
 
     def left_out(self, features: Sequence[Tensor], groups: Tensor, scored: Tensor | None = None) -> Tensor | None:
-        if self._last is None or not self._pooled:
+        if self._last is None or not self._pooled or bool((self.images[self.images > 0] < 3).any()):
             return None
         found = torch.zeros(len(self.mean), len(groups), device=self.mean.device)
         folds = torch.bucketize(groups.cpu(), self._last)
