@@ -36,6 +36,7 @@ from flawmap.line.engines import Engine, check_engine
 from flawmap.line.evaluating import evaluate_inspector
 from flawmap.line.model_card import ModelCard, check_model_path
 from flawmap.methods import Method, automatic, configure, method_class
+from flawmap.methods.checking import check_tensors, try_out
 from flawmap.model_file import read_model, write_model
 from flawmap.ranges import SEEDS, SIDES, rate, whole
 from flawmap.report.overlays import HeatScale
@@ -586,10 +587,14 @@ class Detector:
                 guarantee=card.guarantee,  # type: ignore[arg-type]
                 **card.config,
             )
+            if tuple(detector._method_class.levels(detector.config)) != card.levels:
+                raise ValueError("the backbone's levels are not those of its settings")
             backbone = create_backbone(detector.backbone, card.levels, weights="random", size=preparation.size)
             detector.method_ = detector._method_class(detector.config, backbone, preparation.size)
+            check_tensors(detector.method_, tensors)
             detector.method_.load_state(tensors)
             detector.method_.to(detector.device).eval().requires_grad_(False)
+            try_out(detector.method_, preparation.masked)
             detector.preparation_ = preparation
             detector.capture_limits_ = card.captures
             detector.latents_ = latents

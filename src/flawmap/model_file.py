@@ -73,13 +73,13 @@ def read_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
     try:
         content = json.loads(metadata[_KEY])
         version, digest = content["format"], content.pop("digest")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise FlawmapError(f"{path} is not a flawmap model: train one with `flawmap train`") from error
     if version != FORMAT:
         raise FlawmapError(f"{path} has format {version}, this flawmap reads {FORMAT}: upgrade flawmap, or train again")
     try:
         whole = digest == _digest(tensors, content)
-    except ValueError:  # a number that is not finite, which is never written
+    except (ValueError, RecursionError):  # a number that is not finite, or lists in lists, which are never written
         whole = False
     if not whole:
         raise FlawmapError(f"{path} was changed after training (its digest differs): copy it again, or train again")
