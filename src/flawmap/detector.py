@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from flawmap.backbones import DEFAULT_BACKBONE, create_backbone, create_engine, moved
 from flawmap.datasets import Dataset
 from flawmap.datasets.sources import source_name, training_paths
-from flawmap.errors import FlawmapError, ImageError
+from flawmap.errors import FlawmapError, ImageError, shortage
 from flawmap.graph import InspectionGraph
 from flawmap.imaging.captures import CaptureLimits
 from flawmap.imaging.geometry import Geometry
@@ -630,6 +630,8 @@ def read_card(path: Path) -> tuple[ModelCard, dict[str, Any]]:
 
 
 def _unfit(path: str | Path, error: Exception) -> FlawmapError:
+    if (short := shortage(error)) is not None:
+        return short
     reason = shorten(str(error), 160)  # PyTorch's spreads over lines and names every tensor
     return FlawmapError(f"{path} does not fit this flawmap ({reason}): train again")
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flawmap.errors import FlawmapError
+from flawmap.errors import FlawmapError, shortage
 from flawmap.files import reading, replacing
 
 FORMAT = 3
@@ -66,8 +66,8 @@ def read_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
             metadata = file.metadata() or {}
             # A copy: tensors mapped from the file would change or fail with it.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise FlawmapError(
+    except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:
+        raise shortage(error) or FlawmapError(
             f"{path} is not a whole safetensors file ({error}): copy it again, or train again"
         ) from error
     try:

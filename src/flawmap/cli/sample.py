@@ -17,6 +17,11 @@ def sample_command(folder: Path, kind: str, seed: int) -> None:
     """Draw a small data set of parts with four kinds of defect and exact masks, in the MVTec AD layout."""
     from flawmap.datasets import find_dataset
     from flawmap.datasets.drawn import draw_dataset
+    from flawmap.files import filling, unwritable
 
-    draw_dataset(folder, kind, seed)
+    try:
+        with filling(folder):
+            draw_dataset(folder, kind, seed)
+    except OSError as error:
+        raise unwritable(folder, error) from error
     click.echo(find_dataset(folder).describe())

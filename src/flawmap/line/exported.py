@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flawmap.errors import FlawmapError
+from flawmap.errors import FlawmapError, shortage
 from flawmap.files import reading
 from flawmap.judging.judge import Judge
 from flawmap.line.engines import check_graph_engine, compile_graph
@@ -163,7 +163,9 @@ def _refers_outside(message: memoryview | bytes, kind: str = "model") -> bool:
 
 
 def _unfit(path: Path, error: Exception) -> FlawmapError:
-    return FlawmapError(f"{path} does not fit this flawmap ({shorten(str(error), 160)}): export it again")
+    return shortage(error) or FlawmapError(
+        f"{path} does not fit this flawmap ({shorten(str(error), 160)}): export it again"
+    )
 
 
 def arrays_to_json(arrays: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
