@@ -544,7 +544,7 @@ class Detector:
         self._check_fitted()
         return ModelCard(
             self.method,
-            self.method_.config.model_dump(mode="json"),
+            _without_paths(self.method_.config),
             self.backbone,
             self.method_.backbone.digest(),
             tuple(self.method_.backbone.levels),
@@ -607,6 +607,12 @@ class Detector:
         except Exception as error:  # what a forged header may break is not to be foreseen
             raise _unfit(path, error) from error
         return detector
+
+
+def _without_paths(config: Any) -> dict[str, Any]:
+    """A method's settings as plain JSON types; of a folder its name, which says nothing of the machine."""
+    kept = {name: getattr(config, name) for name in type(config).model_fields}
+    return {**config.model_dump(mode="json"), **{k: v.name for k, v in kept.items() if isinstance(v, Path)}}
 
 
 def _device(device: str) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from flawmap.cli.options import SEED
+from flawmap.cli.say import say_all
 
 
 @click.command("sample")
@@ -24,4 +25,4 @@ def sample_command(folder: Path, kind: str, seed: int) -> None:
             draw_dataset(folder, kind, seed)
     except OSError as error:
         raise unwritable(folder, error) from error
-    click.echo(find_dataset(folder).describe())
+    say_all(find_dataset(folder).describe())
