@@ -5,6 +5,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from onnx import TensorProto, helper
 from safetensors.torch import save_file
 
 from flawmap import Detector, FlawmapError
@@ -140,3 +141,78 @@ def test_networks_without_end(whole, tmp_path, method, settings):
     tensors, metadata = whole
     write_model(tmp_path / "m.safetensors", tensors, {**metadata, "method": method, "config": settings})
     refused(Detector.load, tmp_path / "m.safetensors")
+
+
+# Exported files
+
+
+def graph_of(nodes, initializers=(), **more):
+    return helper.make_model(
+        helper.make_graph(
+            nodes,
+            "g",
+            [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["n", 3, 8, 8])],
+            [helper.make_tensor_value_info("score", TensorProto.FLOAT, None)],
+            list(initializers),
+        ),
+        opset_imports=[helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)],
+        **more,
+    )
+
+
+def ints(name, *values):
+    return helper.make_tensor(name, TensorProto.INT64, [len(values)], values)
+
+
+def giant(operator, *values):
+    node = helper.make_node(operator, ["s"] if operator == "ConstantOfShape" else ["images", "s"], ["score"])
+    return graph_of([node], [ints("s", *values)])
+
+
+def claiming():
+    tensor = helper.make_tensor("c", TensorProto.FLOAT, [2], [1.0, 2.0])
+    tensor.dims[0] = 10**12
+    return graph_of([helper.make_node("Add", ["images", "c"], ["score"])], [tensor])
+
+
+def looping():
+    body = helper.make_graph([], "body", [], [])
+    return graph_of([helper.make_node("Loop", ["n", "c"], ["score"], body=body)])
+
+
+def nested(depth):
+    part = helper.make_graph([], "inner", [], [])
+    for _ in range(depth):
+        node = helper.make_node("If", ["c"], ["x"], then_branch=part, else_branch=helper.make_graph([], "no", [], []))
+        part = helper.make_graph([node], "inner", [], [])
+    return graph_of([helper.make_node("If", ["c"], ["score"], then_branch=part, else_branch=part)])
+
+
+def constant_shape():
+    value = helper.make_node("Constant", [], ["s"], value=ints("", 100_000, 100_000))
+    return graph_of([value, helper.make_node("Expand", ["images", "s"], ["score"])])
+
+
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        (giant("ConstantOfShape", 100_000, 100_000), "a constant of 1e"),
+        (giant("Expand", 1, 10**6, 10**6), "a constant of 1e"),
+        (giant("Tile", 1, 1, 10**5, 10**5), "a constant of 1e"),
+        (constant_shape(), "a constant of 1e"),
+        (claiming(), "holds less than it says"),
+        (looping(), "Loop, which may run without end"),
+        (nested(30), "graphs in graphs"),
+        (
+            graph_of([helper.make_node("EPContext", ["images"], ["score"], domain="com.microsoft")]),
+            "EPContext of com.microsoft",
+        ),
+        (graph_of([helper.make_node("Run", ["images"], ["score"], domain="evil")]), "operators of b'evil'"),
+    ],
+)  # fmt: skip
+def test_graphs_that_are_not_run(exported, tmp_path, model, told):
+    content = read_exported(exported)[1]
+    (tmp_path / "m.onnx").write_bytes(with_metadata(model.SerializeToString(), content))
+    with pytest.raises(FlawmapError, match=told) as caught:
+        Inspector.load(tmp_path / "m.onnx")
+    assert "\n" not in str(caught.value)
