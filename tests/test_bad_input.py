@@ -19,7 +19,7 @@ from PIL import Image
 from flawmap import Detector
 from flawmap.datasets.drawn import draw_dataset
 from flawmap.imaging.image_files import find_images
-from flawmap.report.wording import printable
+from flawmap.text import printable
 
 SMALL = ("--image-size", 64, "--method", "padim", "--set", "channels=8", "--engine", "torch")
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from flawmap.backbones import DEFAULT_BACKBONE, create_backbone, create_engine, moved
 from flawmap.datasets import Dataset
 from flawmap.datasets.sources import source_name, training_paths
-from flawmap.errors import FlawmapError, ImageError
+from flawmap.errors import FlawmapError, ImageError, shortage
 from flawmap.graph import InspectionGraph
 from flawmap.imaging.captures import CaptureLimits
 from flawmap.imaging.geometry import Geometry
@@ -36,6 +36,7 @@ from flawmap.line.engines import Engine, check_engine
 from flawmap.line.evaluating import evaluate_inspector
 from flawmap.line.model_card import ModelCard, check_model_path
 from flawmap.methods import Method, automatic, configure, method_class
+from flawmap.methods.checking import check_tensors, try_out
 from flawmap.model_file import read_model, write_model
 from flawmap.ranges import SEEDS, SIDES, rate, whole
 from flawmap.report.overlays import HeatScale
@@ -543,7 +544,7 @@ class Detector:
         self._check_fitted()
         return ModelCard(
             self.method,
-            self.method_.config.model_dump(mode="json"),
+            _without_paths(self.method_.config),
             self.backbone,
             self.method_.backbone.digest(),
             tuple(self.method_.backbone.levels),
@@ -586,10 +587,14 @@ class Detector:
                 guarantee=card.guarantee,  # type: ignore[arg-type]
                 **card.config,
             )
+            if tuple(detector._method_class.levels(detector.config)) != card.levels:
+                raise ValueError("the backbone's levels are not those of its settings")
             backbone = create_backbone(detector.backbone, card.levels, weights="random", size=preparation.size)
             detector.method_ = detector._method_class(detector.config, backbone, preparation.size)
+            check_tensors(detector.method_, tensors)
             detector.method_.load_state(tensors)
             detector.method_.to(detector.device).eval().requires_grad_(False)
+            try_out(detector.method_, preparation.masked)
             detector.preparation_ = preparation
             detector.capture_limits_ = card.captures
             detector.latents_ = latents
@@ -602,6 +607,12 @@ class Detector:
         except Exception as error:  # what a forged header may break is not to be foreseen
             raise _unfit(path, error) from error
         return detector
+
+
+def _without_paths(config: Any) -> dict[str, Any]:
+    """A method's settings as plain JSON types; of a folder its name, which says nothing of the machine."""
+    kept = {name: getattr(config, name) for name in type(config).model_fields}
+    return {**config.model_dump(mode="json"), **{k: v.name for k, v in kept.items() if isinstance(v, Path)}}
 
 
 def _device(device: str) -> str:
@@ -625,6 +636,8 @@ def read_card(path: Path) -> tuple[ModelCard, dict[str, Any]]:
 
 
 def _unfit(path: str | Path, error: Exception) -> FlawmapError:
+    if (short := shortage(error)) is not None:
+        return short
     reason = shorten(str(error), 160)  # PyTorch's spreads over lines and names every tensor
     return FlawmapError(f"{path} does not fit this flawmap ({reason}): train again")
 

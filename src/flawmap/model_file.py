@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flawmap.errors import FlawmapError
+from flawmap.errors import FlawmapError, shortage
 from flawmap.files import open_regular, replacing
 
 FORMAT = 3
@@ -66,20 +66,20 @@ def read_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
             metadata = file.metadata() or {}
             # A copy: tensors mapped from the file would change or fail with it.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise FlawmapError(
+    except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:
+        raise shortage(error) or FlawmapError(
             f"{path} is not a whole safetensors file ({error}): copy it again, or train again"
         ) from error
     try:
         content = json.loads(metadata[_KEY])
         version, digest = content["format"], content.pop("digest")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise FlawmapError(f"{path} is not a flawmap model: train one with `flawmap train`") from error
     if version != FORMAT:
         raise FlawmapError(f"{path} has format {version}, this flawmap reads {FORMAT}: upgrade flawmap, or train again")
     try:
         whole = digest == _digest(tensors, content)
-    except ValueError:  # a number that is not finite, which is never written
+    except (ValueError, RecursionError):  # a number that is not finite, or lists in lists, which are never written
         whole = False
     if not whole:
         raise FlawmapError(f"{path} was changed after training (its digest differs): copy it again, or train again")

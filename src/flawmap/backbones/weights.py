@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flawmap.backbones.networks import create_network
-from flawmap.errors import FlawmapError
+from flawmap.errors import FlawmapError, shortage
 from flawmap.files import open_regular
 
 
@@ -100,7 +100,9 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises several kinds for files that are no weights
-        raise FlawmapError(f"{path} is not a readable weight file: give a .safetensors or .pth of tensors") from error
+        raise shortage(error) or FlawmapError(
+            f"{path} is not a readable weight file: give a .safetensors or .pth of tensors"
+        ) from error
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
-import io
-import os
 import sys
+import traceback
+from textwrap import shorten
 
 import click
 
-from flawmap.errors import FlawmapError, lab_is_missing
+from flawmap.cli.streams import Ended, ended_by_signal, lasting_streams, onto_nothing
+from flawmap.errors import FlawmapError, lab_is_missing, shortage
+from flawmap.text import printable
 
 LAB = (
     "torch",
@@ -39,6 +42,16 @@ VERBS = {
 }
 
 
+def _traceback() -> click.Option:
+    """Of every verb, before or behind it; looked at where an error is told."""
+    return click.Option(
+        ["--traceback"],
+        is_flag=True,
+        expose_value=False,
+        help="Show the whole of an error that should not be, for a report.",
+    )
+
+
 class _Verbs(click.Group):
     """Verbs are imported when they are run, so that `--help` answers at once."""
 
@@ -50,6 +63,8 @@ class _Verbs(click.Group):
             return None
         module = "listings" if name in ("methods", "backbones", "doctor") else name
         command: click.Command = getattr(importlib.import_module(f"flawmap.cli.{module}"), f"{name}_command")
+        if not any(parameter.name == "traceback" for parameter in command.params):
+            command.params.append(_traceback())
         return command
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
@@ -57,42 +72,58 @@ class _Verbs(click.Group):
             formatter.write_dl(list(VERBS.items()))
 
 
-@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_Verbs, params=[_traceback()], context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="flawmap", message="%(version)s")
 def flawmap() -> None:
     """Industrial visual anomaly detection: learns from photos of good parts alone."""
 
 
 def main() -> None:
-    """Exit codes: 0 done, 2 nothing could be done, 3 some images could not be judged, 4 defects, 130 interrupted."""
-    for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show must not end a run
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    """Exit codes: 0 done, 2 nothing could be done, 3 some images could not be judged, 4 defects, 130 interrupted, 143
+    ended by SIGTERM."""
+    lasting_streams()
+    with ended_by_signal():
+        code = _run()
+    sys.exit(code)
+
+
+def _run() -> int:
     try:
-        code = flawmap.main(standalone_mode=False, prog_name="flawmap")
+        code: int = flawmap.main(standalone_mode=False, prog_name="flawmap") or 0
+        sys.stdout.flush()
+        return code
     except click.ClickException as error:
         message = error.format_message()
-        click.echo(message if "\n" in message else f"flawmap: {message}", err=True)  # without a verb it is the help
-        code = 2
+        # Without a verb it is the help, which has lines of its own.
+        is_help = isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ()))
+        told = message if is_help else f"flawmap: {printable(message)}"
     except FlawmapError as error:
-        click.echo(f"flawmap: {error}", err=True)
-        code = 2
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in LAB:
-            raise
-        click.echo(f"flawmap: {lab_is_missing(' '.join(['flawmap', *sys.argv[1:2]]), error)}", err=True)
-        code = 2
+        told = f"flawmap: {error}"
     except (click.Abort, KeyboardInterrupt):
         click.echo("flawmap: interrupted; no file was left half-written (a training goes on with --resume)", err=True)
-        code = 130
-    except BrokenPipeError:
-        sys.stderr.close()
-        code = 0
-    except OSError as error:
-        if error.filename is not None:
-            click.echo(f"flawmap: {error.filename}: cannot be used ({error.strerror}); check the path", err=True)
-        else:
-            click.echo(f"flawmap: the output cannot be written ({error.strerror}); free some space", err=True)
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes once more as it ends
-        code = 2
-    sys.exit(code)
+        return 130
+    except Ended:
+        click.echo("flawmap: ended by a signal; no file was left half-written (training: --resume)", err=True)
+        return 143
+    except Exception as error:
+        if "--traceback" in sys.argv[1:]:
+            traceback.print_exc()
+        told = f"flawmap: {_told(error)}"
+        if isinstance(error, OSError) and error.filename is None:
+            onto_nothing(1)  # Python flushes once more as it ends
+    click.echo(told, err=True)
+    return 2
+
+
+def _told(error: Exception) -> FlawmapError | str:
+    """The one line about an error that is nobody's message to the user."""
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in LAB:
+        return lab_is_missing(" ".join(["flawmap", *sys.argv[1:2]]), error)
+    if isinstance(error, OSError) and error.filename is not None:
+        return FlawmapError(f"{error.filename}: cannot be used ({error.strerror}); check the path")
+    if isinstance(error, OSError) and error.errno not in (errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE):
+        return FlawmapError(f"the output cannot be written ({error.strerror or error}); free some space")
+    what = shorten(f"{type(error).__name__}: {error}", 200)
+    return shortage(error) or FlawmapError(
+        f"this should not have happened ({what}); please report it with what the same command says with --traceback"
+    )

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import click
 
+from flawmap.cli.say import say, say_all
+
 _MARK = ".flawmap-demo"
 
 
@@ -34,32 +36,32 @@ def demo_command(output: Path) -> None:
     make_folder(output)
     (output / _MARK).touch()
     data, model, heatmaps = output / "boards", output / "boards.safetensors", output / "heatmaps"
-    click.echo(f"$ flawmap sample {data}")
+    say(f"$ flawmap sample {data}")
     draw_dataset(data, "boards", 0)
     dataset = find_dataset(data)
-    click.echo(dataset.describe())
+    say_all(dataset.describe())
 
     from flawmap.detector import Detector
 
-    click.echo(f"\n$ flawmap train {data} -o {model} --method padim")
+    say_all(f"\n$ flawmap train {data} -o {model} --method padim")
     with ProgressLines() as progress:
         detector = Detector("padim").fit(dataset, progress=progress)
     detector.save(model)
-    click.echo(detector.threshold_.describe())
-    click.echo(f"wrote {model} ({model.stat().st_size / 1e6:.1f} MB)")
+    say_all(detector.threshold_.describe())
+    say(f"wrote {model} ({model.stat().st_size / 1e6:.1f} MB)")
 
     page = output / "report.html"
-    click.echo(f"\n$ flawmap evaluate {model} {data} --html {page}")
+    say_all(f"\n$ flawmap evaluate {model} {data} --html {page}")
     report = detector.evaluate(dataset)
-    click.echo(report_table(report))
+    say_all(report_table(report))
     write_report(page, detector.inspector(), dataset, report)
-    click.echo(f"wrote {page}")
+    say(f"wrote {page}")
 
-    click.echo(f"\n$ flawmap inspect {model} {data / 'test'} -o {heatmaps}")
+    say_all(f"\n$ flawmap inspect {model} {data / 'test'} -o {heatmaps}")
     parts = find_parts([data / "test"], heatmaps)
     shown = Shown(heatmaps, model, detector.inspector(), parts, caption=False)
     for number, inspection in enumerate(detector.inspector().stream((path for path, _ in parts), keep_pixels=True)):
         shown.draw(number, inspection)
     shown.close(finished=True)
-    click.echo(f"wrote {len(parts)} heatmaps to {heatmaps}, and {heatmaps / 'index.html'} that shows them")
-    click.echo(f"\ndone in {time.monotonic() - start:.0f} s")
+    say(f"wrote {len(parts)} heatmaps to {heatmaps}, and {heatmaps / 'index.html'} that shows them")
+    say_all(f"\ndone in {time.monotonic() - start:.0f} s")

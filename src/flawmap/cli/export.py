@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from flawmap.cli.options import Finite
+from flawmap.cli.say import say, say_all
 
 
 @click.command("export")
@@ -67,7 +68,7 @@ def export_command(
             progress=progress,
         )
     for proof in exported.proofs:
-        click.echo(proof.describe())
+        say_all(proof.describe())
     if exported.quantised is not None:
-        click.echo(exported.quantised.describe())
-    click.echo(f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB)")
+        say_all(exported.quantised.describe())
+    say(f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB)")

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from flawmap.cli.say import say
+
 
 @click.command("info")
 @click.argument("model", type=click.Path(path_type=Path))
@@ -41,4 +43,4 @@ def info_command(model: Path) -> None:
     }
     width = max(map(len, lines))
     for name, text in lines.items():
-        click.echo(f"{name:<{width}}  {text}")
+        say(f"{name:<{width}}  {text}")

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from flawmap.cli.streams import nobody_reads
 from flawmap.cli.verdict_lines import VerdictLines
-from flawmap.report.wording import printable
+from flawmap.text import printable
 
 if TYPE_CHECKING:
     from flawmap.judging.inspection import Inspection
@@ -131,8 +132,8 @@ def inspect_command(
             if coco is not None:
                 kept.append(inspection.without_map())
             write(inspection)
-            if write.closed and shown is None and coco is None and not fail_on_defect:
-                return 0  # nobody reads on, and nothing else was asked for
+            if shown is None and coco is None and not fail_on_defect and nobody_reads():
+                return 0  # and nothing else was asked for
     finally:
         if shown is not None and (trouble := shown.close(finished=sum(counts.values()) == len(found))):
             troubles.append(trouble)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from flawmap.cli.say import say
 from flawmap.ranges import LOWEST_RATE, SCORES, SEEDS, SIDES
 
 if TYPE_CHECKING:
@@ -162,7 +163,7 @@ def say_what_is_replaced(path: Path) -> None:
         from flawmap.model_file import is_model
 
         if not is_model(path):
-            click.echo(f"flawmap: {path} is no model of flawmap; it is replaced by one", err=True)
+            say(f"flawmap: {path} is no model of flawmap; it is replaced by one", err=True)
 
 
 def beside(model: Path) -> Path:

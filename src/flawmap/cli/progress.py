@@ -10,6 +10,8 @@ from typing import Any
 
 import click
 
+from flawmap.text import printable
+
 
 class ProgressLines:
     """Callable as `flawmap.learning.loop.Progress`."""
@@ -46,10 +48,17 @@ class ProgressLines:
         self._close()
 
 
+class _OneLine(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 def quiet_libraries() -> None:
     """Leaves stderr to what the user can act on: warnings of flawmap's own."""
     # Pillow warns of damaged TIFF tags; what cannot be read is reported by name anyway.
     warnings.filterwarnings("ignore", module="PIL")
-    logging.basicConfig(level=logging.WARNING, format="flawmap: %(message)s", force=True)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_OneLine("flawmap: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     for name in ("huggingface_hub", "timm", "httpx", "httpcore", "torch"):
         logging.getLogger(name).setLevel(logging.CRITICAL)

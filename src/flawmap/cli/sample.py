@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from flawmap.cli.options import SEED
+from flawmap.cli.say import say_all
 
 
 @click.command("sample")
@@ -17,6 +18,11 @@ def sample_command(folder: Path, kind: str, seed: int) -> None:
     """Draw a small data set of parts with four kinds of defect and exact masks, in the MVTec AD layout."""
     from flawmap.datasets import find_dataset
     from flawmap.datasets.drawn import draw_dataset
+    from flawmap.files import filling, unwritable
 
-    draw_dataset(folder, kind, seed)
-    click.echo(find_dataset(folder).describe())
+    try:
+        with filling(folder):
+            draw_dataset(folder, kind, seed)
+    except OSError as error:
+        raise unwritable(folder, error) from error
+    say_all(find_dataset(folder).describe())

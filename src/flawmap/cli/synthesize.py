@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from flawmap.cli.options import SEED
+from flawmap.cli.say import say, say_all
 
 
 @click.command("synthesize")
@@ -67,12 +68,12 @@ def synthesize_command(
             workers=workers or os.cpu_count() or 1,
             progress=progress,
         )
-    click.echo(written.foreground.describe())
-    click.echo(f"made from {written.held_out}")
-    click.echo(", ".join(f"{kind} {written.kinds[kind]}" for kind in sorted(written.kinds)))
+    say_all(written.foreground.describe())
+    say(f"made from {written.held_out}")
+    say(", ".join(f"{kind} {written.kinds[kind]}" for kind in sorted(written.kinds)))
     if written.failed:
-        click.echo(f"{written.failed} defects found no place where they may lie and can be seen, and are left out")
-    click.echo(f"wrote {sum(written.kinds.values())} defects to {output}; look at {output / 'contact_sheet.png'}")
+        say(f"{written.failed} defects found no place where they may lie and can be seen, and are left out")
+    say(f"wrote {sum(written.kinds.values())} defects to {output}; look at {output / 'contact_sheet.png'}")
     for line in written.unreadable:
-        click.echo(f"flawmap: {line}", err=True)
+        say(f"flawmap: {line}", err=True)
     return 3 if written.unreadable else 0

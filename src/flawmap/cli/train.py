@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from flawmap.cli.options import RATE, SEED, SIDE
+from flawmap.cli.say import say, say_all
 
 if TYPE_CHECKING:
     from flawmap.datasets import Dataset
@@ -175,7 +176,7 @@ def train_command(
     check_outputs({"-o": output, "--html": html}, [*map(Path, given), *files_of(dataset)])
     check_outputs({"--html": html}, [update])  # a model may be updated in its place
     say_what_is_replaced(output)
-    click.echo(dataset.describe())
+    say_all(dataset.describe())
     if shots is not None:
         dataset = _drawn(dataset, shots, **options)
 
@@ -188,7 +189,7 @@ def train_command(
         told: dict[str, Any] = {
             "strict": strict,
             "progress": progress,
-            "announce": lambda line: click.echo(line, err=True),
+            "announce": lambda line: say(line, err=True),
         }
         if update is not None:
             detector = Detector.load(update, engine=options["engine"], device=options["device"])
@@ -207,18 +208,16 @@ def train_command(
                 detector = Detector(**settled).fit(dataset, **told)
         detector.save(output)
         if options["method"] == "auto" and update is None:
-            click.echo(f"method {detector.method}: {automatic(tile is not None)[1]}")
+            say(f"method {detector.method}: {automatic(tile is not None)[1]}")
         if detector.training_.get("levelling"):
-            click.echo(detector.training_["levelling"])
+            say(detector.training_["levelling"])
         progress("report", 0, 1)
         write_report(html, detector, dataset)
     if tuning is not None:
-        click.echo(tuning.describe())
+        say_all(tuning.describe())
     for line in [*threshold_lines(detector), *notes(detector, update is not None)]:
-        click.echo(line)
-    click.echo(
-        f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB, engine {detector.training_['engine']}) and {html}"
-    )
+        say(line)
+    say(f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB, engine {detector.training_['engine']}) and {html}")
 
 
 @contextmanager
@@ -268,7 +267,7 @@ def _drawn(dataset: Dataset, shots: int, *, seed: int, calibration: str, **optio
     drawn = draw_shots(dataset, shots, seed)
     root = dataset.root if dataset.root.is_dir() else dataset.root.parent  # of a table
     names = ", ".join(os.path.relpath(sample.path, root) for sample in drawn.train)
-    click.echo(f"shots: {shots} of {len(dataset.train)} good images, drawn by seed {seed}: {names}")
+    say(f"shots: {shots} of {len(dataset.train)} good images, drawn by seed {seed}: {names}")
     if shots < _FEW and calibration in ("auto", "loo", "holdout", "crossfit"):
         log.warning(
             "%d images say little of how good parts vary: what is stated of false rejects is weak; "

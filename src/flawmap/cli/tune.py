@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from flawmap.cli.options import SEED
+from flawmap.cli.say import say, say_all
 
 
 @click.command("tune")
@@ -69,6 +70,6 @@ def tune_command(
     with ProgressLines() as progress:
         tuned, tuning = tune(detector, dataset, grid=grid or None, seed=seed, oracle=oracle, progress=progress)
     tuned.save(output)
-    click.echo(tuning.describe())
-    click.echo(tuned.threshold_.describe())
-    click.echo(f"wrote {output}")
+    say_all(tuning.describe())
+    say_all(tuned.threshold_.describe())
+    say(f"wrote {output}")

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from flawmap.cli.say import say, say_all
+
 
 @click.command("validate")
 @click.argument("model", type=click.Path(path_type=Path))
@@ -31,9 +33,9 @@ def validate_command(model: Path, folder: Path, tail: bool, engine: str, device:
         inspector = inspector.with_threshold(tail=True)
     with ProgressLines() as progress:
         found = validate(inspector, paths, progress=progress)
-    click.echo(found.describe())
+    say_all(found.describe())
     for line in found.unjudged:
-        click.echo(f"flawmap: {line}", err=True)
+        say(f"flawmap: {line}", err=True)
     if not found.images:
         return 2
     return 3 if found.unjudged else 0

@@ -18,33 +18,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flawmap.errors import FlawmapError
+from flawmap.errors import FlawmapError, shortage
 from flawmap.files import open_regular
 from flawmap.judging.judge import Judge
 from flawmap.line.engines import check_graph_engine, compile_graph
+from flawmap.line.graph_check import HostileGraphError, check_graph
 from flawmap.line.inspector import Inspector
 from flawmap.line.model_card import ModelCard
 from flawmap.line.moving import Mover
-from flawmap.line.protobuf import field, fields, pairs
+from flawmap.line.protobuf import field, fields
 
 FORMAT = 1
 LIMIT = 2**31 - 1
 """Bytes that a protobuf message, and so an ONNX file, may have."""
 
 _KEY = "flawmap"
-_GRAPH, _OPSETS, _METADATA = 7, 8, 14  # field numbers of ModelProto
-_OUTSIDE = (13, 14)  # and of TensorProto: where its data lies
-# Which fields of a message are messages, down to the tensors.
-_HELD: dict[str, dict[int, str]] = {
-    "model": {_GRAPH: "graph", 25: "function"},
-    "graph": {1: "node", 5: "tensor", 15: "sparse"},
-    "function": {7: "node", 11: "attribute"},
-    "node": {5: "attribute"},
-    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
-    "sparse": {1: "tensor", 2: "tensor"},
-}
-_KNOWN_DOMAINS = (b"", b"ai.onnx", b"com.microsoft")  # the last has what quantised graphs need
-_MOST_ARRAY = 64 << 20
+_GRAPH, _METADATA = 7, 14  # field numbers of ModelProto
+_MOST_ARRAY, _MOST_ARRAYS = 64 << 20, 8  # bytes of one, and how many
 
 
 def with_metadata(graph: bytes, content: Mapping[str, Any]) -> bytes:
@@ -99,14 +89,11 @@ def read_exported(path: Path) -> tuple[bytes, dict[str, Any]]:
     if not intact:
         raise FlawmapError(f"{path} was changed after its export (its digest differs): copy it again, or export again")
     try:
-        domains = {dict(pairs(value)).get(1, b"") for number, value, _ in found if number == _OPSETS}
-        outside = _refers_outside(graph)
+        check_graph(graph)
+    except HostileGraphError as error:
+        raise FlawmapError(f"{path} holds {error}, which is not run: export it again") from error
     except (ValueError, IndexError, RecursionError) as error:
         raise FlawmapError(f"{path} holds no graph that can be read ({error}): export it again") from error
-    if unknown := domains.difference(_KNOWN_DOMAINS):
-        raise FlawmapError(f"{path} needs operators of {min(unknown)!r}, which are not run: export it again")
-    if outside:
-        raise FlawmapError(f"{path} refers to data outside itself, which is not read: export it again")
     return graph, content
 
 
@@ -154,16 +141,10 @@ def inspector_of(
     return Inspector(card, compiled, judge, content["model"], mover)
 
 
-def _refers_outside(message: memoryview | bytes, kind: str = "model") -> bool:
-    """Whether the data of any tensor, a weight or a constant however deep, lies in another file."""
-    if kind == "tensor":
-        return any(number in _OUTSIDE for number, _, _ in fields(message))
-    held = _HELD[kind]
-    return any(_refers_outside(value, held[number]) for number, value, _ in fields(message) if number in held)
-
-
 def _unfit(path: Path, error: Exception) -> FlawmapError:
-    return FlawmapError(f"{path} does not fit this flawmap ({shorten(str(error), 160)}): export it again")
+    return shortage(error) or FlawmapError(
+        f"{path} does not fit this flawmap ({shorten(str(error), 160)}): export it again"
+    )
 
 
 def arrays_to_json(arrays: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
@@ -185,6 +166,8 @@ def arrays_from_json(content: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
         KeyError, TypeError, ValueError: a value is missing, of another kind, or too large.
     """
     arrays = {}
+    if len(content) > _MOST_ARRAYS:
+        raise ValueError(f"it holds {len(content)} arrays")
     for name, kept in content.items():
         if kept["type"] not in ("uint8", "bool", "float16", "float32"):
             raise ValueError(f"{name} holds values of type {kept['type']}")

@@ -15,8 +15,11 @@ from flawmap.files import other_kind
 from flawmap.imaging.captures import CaptureLimits
 from flawmap.imaging.image_files import IMAGE_SUFFIXES
 from flawmap.imaging.preparation import Preparation
+from flawmap.imaging.registration import LONGEST
 from flawmap.judging.calibration import GUARANTEES, Calibration, Threshold
-from flawmap.ranges import rate
+from flawmap.ranges import SEEDS, SIDES, finite, rate, whole
+
+_LARGEST = 100_000  # pixels of a picture's side
 
 
 @dataclass(frozen=True)
@@ -80,12 +83,15 @@ class ModelCard:
         Raises:
             FlawmapError, KeyError, TypeError, ValueError: a value is missing or cannot be used.
         """
+        _check_preparation(content["preparation"], arrays)
         kept = content["calibration"]
         scores, peaks = np.array(kept["scores"], np.float32), np.array(kept["peaks"], np.float32)
         kept_rate = rate("max_false_reject", content["max_false_reject"])
         if content["guarantee"] not in GUARANTEES:
             raise ValueError("its guarantee is unknown")
         training = content["training"]
+        whole("seed", training["seed"], SEEDS)
+        whole("images", training["images"], (0, 10**9))
         if not {"images", "seed", "engine"} <= training.keys():
             raise KeyError("training")
         return cls(
@@ -102,6 +108,33 @@ class ModelCard:
             dict(training),
             bool(content["localises"]),
         )
+
+
+def _check_preparation(settings: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Raises FlawmapError, KeyError, TypeError or ValueError where it could not be made, or not for want of memory."""
+    for name in ("size", "image_size"):
+        height, width = settings[name]
+        for side in (height, width):
+            whole(name, side, SIDES)
+    finite("lowest_quality", settings["lowest_quality"], (-1, 1))
+    if not set(arrays) <= {"region", "template"}:
+        raise ValueError(f"it holds {min(set(arrays) - {'region', 'template'})}, which is not known")
+    if (settings["template_size"] is None) != ("template" not in arrays):
+        raise ValueError("the template is not whole")
+    for name, most in (("region", _LARGEST), ("template", LONGEST)):
+        if name not in arrays:
+            continue
+        array = arrays[name]
+        if array.ndim != 2 or not all(1 <= side <= most for side in array.shape):
+            raise ValueError(f"the {name} has shape {array.shape}")
+        if array.dtype != (np.float32 if name == "template" else np.uint8):
+            raise ValueError(f"the {name} holds values of type {array.dtype}")
+        if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 255):
+            raise ValueError(f"the {name} is no picture")
+    if "template" in arrays:
+        height, width = settings["template_size"]
+        for side in (height, width):
+            whole("template_size", side, (1, _LARGEST))
 
 
 def check_model_path(path: Path) -> None:

@@ -43,12 +43,6 @@ def fields(message: memoryview | bytes) -> Iterator[tuple[int, memoryview, int]]
         at = end
 
 
-def pairs(message: memoryview) -> Iterator[tuple[int, bytes]]:
-    """The short fields of a message; long ones without their value."""
-    for number, value, _ in fields(message):
-        yield number, bytes(value) if len(value) < 1024 else b""
-
-
 def _read_varint(message: memoryview, at: int) -> tuple[int, int]:
     value = shift = 0
     while True:

@@ -14,7 +14,7 @@ from flawmap.imaging.own_files import OVERLAY
 from flawmap.judging.inspection import Inspection
 from flawmap.report.drawings import small_picture
 from flawmap.report.page import Legend, write_page
-from flawmap.report.wording import printable
+from flawmap.text import printable
 
 INDEX = "index.html"
 _ORDER = ("defect", "unsure", "error", "good")

@@ -109,11 +109,6 @@ def promise(threshold: Threshold) -> dict[str, list[str]]:
     return {"means": means, "does_not": does_not}
 
 
-def printable(text: object) -> str:
-    """Text such as a file's name, with control characters as escapes: none of it may steer a terminal or end a line."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(text))
-
-
 def short_path(path: Path) -> str:
     """The file with its folder: enough to find it, and nothing of the machine it lies on."""
     return "/".join(path.parts[-2:])

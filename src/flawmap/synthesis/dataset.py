@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +22,7 @@ from PIL import Image
 
 from flawmap.datasets import Dataset
 from flawmap.errors import FlawmapError, ImageError
-from flawmap.files import claim_folder, unwritable, write_png
+from flawmap.files import filling, unwritable, write_png
 from flawmap.imaging.decoding import infer_white, read_image
 from flawmap.imaging.deep_colours import png_of_deep_colours
 from flawmap.imaging.image_files import find_images
@@ -103,33 +105,35 @@ def write_defects(
     for cached in (read_kept, _region, _texture_folder):  # files may have changed under the same names
         cached.cache_clear()
     try:
-        claim_folder(output)
-        with _Workers(workers) as run:
-            unreadable: list[str] = []
-            folders = {"train": train, "test": held}
-            for split, paths in folders.items():
-                folder = output / split / "good"
-                folder.mkdir(parents=True)
-                tasks = list(zip(range(len(paths)), paths, strict=True))
-                for done, error in enumerate(run(partial(_write_good, folder, size), tasks), 1):
-                    tell("good images", done, len(tasks))
-                    unreadable += [] if error is None else [error]
-            good = {split: tuple(find_images(output / split / "good")) for split in folders}
-            if not good["test"]:
-                raise FlawmapError(f"{dataset.root}: none of the good images can be read; {unreadable[0]}")
-            others = good["train"] or good["test"]
-            foreground = find_foreground(read_image(others[i]) for i in looked_at(len(others)))
-            maker = _Maker(output, good["test"], others, foreground, roi, textures, white, seed)
-            kinds = []
-            for done, kind in enumerate(run(maker, range(count)), 1):
-                tell("defects", done, count)
-                kinds.append(kind)
-        made = [(number, kind) for number, kind in enumerate(kinds) if kind != "none"]
-        if not made:
-            raise FlawmapError(f"{output}: no defect could be placed; check that the region of interest meets the part")
-        shown = made[:: -(-len(made) // _SHOWN)]
-        sheet = contact_sheet((_read_defect(output, number, kind) for number, kind in shown), white=white)
-        write_png(output / "contact_sheet.png", sheet)
+        with filling(output):
+            with _Workers(workers) as run:
+                unreadable: list[str] = []
+                folders = {"train": train, "test": held}
+                for split, paths in folders.items():
+                    folder = output / split / "good"
+                    folder.mkdir(parents=True)
+                    tasks = list(zip(range(len(paths)), paths, strict=True))
+                    for done, error in enumerate(run(partial(_write_good, folder, size), tasks), 1):
+                        tell("good images", done, len(tasks))
+                        unreadable += [] if error is None else [error]
+                good = {split: tuple(find_images(output / split / "good")) for split in folders}
+                if not good["test"]:
+                    raise FlawmapError(f"{dataset.root}: none of the good images can be read; {unreadable[0]}")
+                others = good["train"] or good["test"]
+                foreground = find_foreground(read_image(others[i]) for i in looked_at(len(others)))
+                maker = _Maker(output, good["test"], others, foreground, roi, textures, white, seed)
+                kinds = []
+                for done, kind in enumerate(run(maker, range(count)), 1):
+                    tell("defects", done, count)
+                    kinds.append(kind)
+            made = [(number, kind) for number, kind in enumerate(kinds) if kind != "none"]
+            if not made:
+                raise FlawmapError(
+                    f"{output}: no defect could be placed; check that the region of interest meets the part"
+                )
+            shown = made[:: -(-len(made) // _SHOWN)]
+            sheet = contact_sheet((_read_defect(output, number, kind) for number, kind in shown), white=white)
+            write_png(output / "contact_sheet.png", sheet)
     except OSError as error:
         raise unwritable(Path(error.filename or output), error) from error
     except BrokenProcessPool as error:
@@ -252,7 +256,7 @@ class _Workers:
         self._pool: ProcessPoolExecutor | None = None
         if count > 1:
             # Spawned everywhere: a fork beside the threads of other libraries may hang.
-            self._pool = ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_leave_interrupts)
+            self._pool = ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_begin)
 
     def __call__(self, function: Callable[[_Task], _Result], tasks: Sequence[_Task]) -> Iterator[_Result]:
         if self._pool is None:
@@ -262,10 +266,21 @@ class _Workers:
     def __enter__(self) -> _Workers:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *reason: object) -> None:
         if self._pool is not None:
+            for process in list((self._pool._processes or {}).values()) if reason[0] is not None else []:
+                process.terminate()  # what it is at is of no use
             self._pool.shutdown(cancel_futures=True)
 
 
-def _leave_interrupts() -> None:
+def _begin() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the workers, and says so once
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A parent that was killed ends no worker, and these would hold its pipes for ever."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

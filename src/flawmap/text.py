@@ -1,0 +1,35 @@
+"""Names as they may be printed: whatever a file is called, it takes one line and moves no cursor."""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+
+# Other, format (which turns text around), surrogates, and the separators of lines and paragraphs.
+_UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
+
+
+def printable(name: str | os.PathLike[str]) -> str:
+    """A name, with escapes for what a terminal would not show but obey."""
+    text = os.fspath(name)
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(_escaped(sign) if unicodedata.category(sign) in _UNSEEN else sign for sign in text)
+
+
+def cell(value: object) -> str:
+    """A text for a cell of a CSV table; a spreadsheet would compute what begins like a formula, so that is quoted."""
+    text = printable(str(value))
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) and not _is_number(text) else text
+
+
+def _escaped(sign: str) -> str:
+    return sign.encode("unicode_escape", "surrogatepass").decode()
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
