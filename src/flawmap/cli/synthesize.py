@@ -50,6 +50,7 @@ def synthesize_command(
     They are made on good images that are not in OUTPUT/train/good. Look at OUTPUT/contact_sheet.png.
     """
     from flawmap.cli.progress import ProgressLines, quiet_libraries
+    from flawmap.counts import counted
     from flawmap.datasets import find_dataset
     from flawmap.synthesis.dataset import write_defects
 
@@ -71,8 +72,14 @@ def synthesize_command(
     click.echo(f"made from {written.held_out}")
     click.echo(", ".join(f"{kind} {written.kinds[kind]}" for kind in sorted(written.kinds)))
     if written.failed:
-        click.echo(f"{written.failed} defects found no place where they may lie and can be seen, and are left out")
-    click.echo(f"wrote {sum(written.kinds.values())} defects to {output}; look at {output / 'contact_sheet.png'}")
+        left, they = ("defect", "it") if written.failed == 1 else ("defects", "they")
+        click.echo(
+            f"{written.failed} {left} found no place where {they} may lie and can be seen, and "
+            f"{'is' if written.failed == 1 else 'are'} left out"
+        )
+    click.echo(
+        f"wrote {counted(sum(written.kinds.values()), 'defect')} to {output}; look at {output / 'contact_sheet.png'}"
+    )
     for line in written.unreadable:
         click.echo(f"flawmap: {line}", err=True)
     return 3 if written.unreadable else 0

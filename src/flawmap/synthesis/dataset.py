@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from flawmap.counts import counted
 from flawmap.datasets import Dataset
 from flawmap.errors import FlawmapError, ImageError
 from flawmap.files import claim_folder, unwritable, write_png
@@ -143,16 +144,13 @@ def _split(dataset: Dataset) -> tuple[list[Path], list[Path], str]:
     train = [sample.path for sample in dataset.train]
     test = [sample.path for sample in dataset.good_test]
     if test:
-        return train, test, f"{len(test)} good test images"
+        return train, test, counted(len(test), "good test image")
     if len(train) == 1:
         return train, train, "the only good image, which is also the one to learn from"
     # The last ones, not any: shots of one part tend to follow one another, and should stay on one side.
     cut = len(train) - max(1, len(train) // 5)
-    return (
-        train[:cut],
-        train[cut:],
-        f"the last {len(train) - cut} of {len(train)} good images, held out from train/good",
-    )
+    last = "the last" if len(train) - cut == 1 else f"the last {len(train) - cut}"
+    return train[:cut], train[cut:], f"{last} of {len(train)} good images, held out from train/good"
 
 
 @dataclass(frozen=True)
