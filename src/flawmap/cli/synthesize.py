@@ -47,7 +47,8 @@ def synthesize_command(
 ) -> int:
     """Make synthetic defects on the good images in DATA and write them with masks, in the MVTec AD layout.
 
-    They are made on good images that are not in OUTPUT/train/good. Look at OUTPUT/contact_sheet.png.
+    They are made on good images that are not in OUTPUT/train/good. Defects that change their pixels by less than 16 of
+    255 levels on average, or fewer than 16 pixels, are drawn anew. Look at OUTPUT/contact_sheet.png, which names each.
     """
     from flawmap.cli.progress import ProgressLines, quiet_libraries
     from flawmap.counts import counted
