@@ -157,14 +157,14 @@ def test_training_says_which_image_sets_the_threshold(flawmap, drawn, tmp_path):
     assert path.name in lines_with(out, "most unusual")[0].split(",")[0]
     assert plain.guarantee == "marginal"
     tail = plain.with_threshold(tail=True).threshold_
-    assert lines_with(out, "not used, --tail keeps it") == [f"not used, --tail keeps it: {tail.describe()}"]
+    assert lines_with(out, "not used, --tail keeps it") == [f"not used, --tail keeps it: {tail.describe_again()}"]
 
     code, out, err = flawmap(*arguments, "--tail")
     assert code == 0, err
     kept = Detector.load(tmp_path / "model.safetensors")
     assert (kept.guarantee, kept.threshold_) == ("tail", tail)
     assert tail.describe() in out.splitlines()
-    assert f"not used: {plain.threshold_.describe()}" in out.splitlines()
+    assert f"not used: {plain.threshold_.describe_again()}" in out.splitlines()
     assert lines_with(out, "the conformal threshold is set by good/")
     assert tail.describe() in flawmap("info", tmp_path / "model.safetensors")[1]
     code, _, err = flawmap(*arguments, "--tail", "--guarantee", "confidence")

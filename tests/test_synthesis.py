@@ -18,7 +18,7 @@ from scipy.sparse import lil_array
 from scipy.sparse.linalg import spsolve
 
 from flawmap.datasets import find_dataset
-from flawmap.datasets.drawn import draw_part
+from flawmap.datasets.drawn import draw_dataset, draw_part
 from flawmap.errors import FlawmapError, ImageError
 from flawmap.imaging.decoding import read_image
 from flawmap.imaging.masks import read_mask
@@ -36,10 +36,10 @@ from flawmap.synthesis import (
 )
 from flawmap.synthesis.augmentation import OPERATIONS, augment
 from flawmap.synthesis.blending import alpha_blend, seamless_blend
-from flawmap.synthesis.contact_sheet import contact_sheet
+from flawmap.synthesis.contact_sheet import caption, contact_sheet
 from flawmap.synthesis.cutpaste import cutpaste, scar
 from flawmap.synthesis.dataset import write_defects
-from flawmap.synthesis.defects import KINDS
+from flawmap.synthesis.defects import KINDS, VISIBLE
 from flawmap.synthesis.foreground import otsu_threshold
 from flawmap.synthesis.perlin import _turned, perlin_mask, perlin_noise
 from flawmap.synthesis.rearrangement import rearrange
@@ -642,3 +642,48 @@ def test_evaluate_reads_what_was_written(flawmap: Any, model_file: Path, folder:
     assert report["images"] == 14
     assert 0 < report["image_auroc"] < 1
     assert report["pixel_auroc"] > 0.7
+
+
+def test_defects_on_disk_can_be_seen(tmp_path: Path) -> None:
+    draw_dataset(tmp_path / "screws", "screws", 0, size=128)
+    output = tmp_path / "out"
+    written = write_defects(find_dataset(tmp_path / "screws"), output, count=40, seed=1)
+    dataset = find_dataset(output)
+    good = [read_image(sample.path) for sample in dataset.good_test]
+    for sample in dataset.defect_test:
+        image, base = read_image(sample.path), good[int(sample.path.name[:5]) % len(good)]
+        mask = read_mask(sample.mask, image.shape[:2])  # type: ignore[arg-type]
+        assert mask.sum() >= VISIBLE.least_pixels >= 16
+        assert np.abs(image.astype(float) - base)[mask].mean() >= VISIBLE.least_contrast >= 16
+    assert written.failed <= 2
+
+
+def test_a_defect_below_the_contrast_asked_for_is_drawn_anew_and_then_given_up() -> None:
+    flat = np.full((48, 48), 100, np.uint8)
+    settings = SynthesisSettings(kinds={"texture": 1}, opacity=(0.05, 1.0), seamless=0)
+    contrasts = [
+        float(np.abs(made.image.astype(float) - flat)[made.mask].mean())
+        for made in (
+            synthesize(flat, generator(5, n), settings=replace(settings, least_contrast=40.0)) for n in range(20)
+        )
+        if made.kind != "none"
+    ]
+    assert len(contrasts) >= 10
+    assert min(contrasts) >= 40
+    assert synthesize(flat, generator(5, 0), settings=replace(settings, least_contrast=255.0)).kind == "none"
+    assert synthesize(flat, generator(5, 0), settings=replace(settings, least_pixels=48 * 48 + 1)).kind == "none"
+
+
+def test_the_contact_sheet_names_the_kind_and_number_of_each_defect() -> None:
+    for kind in KINDS:
+        assert caption(kind).startswith(f"{kind}: ")
+        assert caption(f"{kind} (seamless)", 7).startswith(f"00007 {kind} (seamless): ")
+    image = np.full((50, 100), 80, np.uint8)
+    defect = synthesize(image, generator(0, 1))
+    one, other = (
+        np.asarray(contact_sheet([defect._replace(kind=kind)], side=192, numbers=[number]))
+        for kind, number in (("scar", 1), ("texture", 2))
+    )
+    changed = np.flatnonzero((one != other).any(axis=(1, 2)))
+    assert len(changed)
+    assert changed.min() > 192  # below the pictures

@@ -50,7 +50,7 @@ def test_the_report_lies_beside_the_model_and_names_what_is_odd(trained, planted
         "007.png", "again.jpg",
     ]  # fmt: skip
     assert "1 group of training images" in page["duplicates"]
-    assert "1 images show what another one shows" in out
+    assert "1 image shows what another one shows" in out
     leaks = [name.rpartition("/")[2] for name in re.findall(r"[\w/]+\.(?:png|jpg)", page["leaks"])]
     assert leaks == ["002.png", "leaked.png"]
     assert "1 pair" in page["leaks"]
@@ -93,7 +93,7 @@ def test_dropping_the_most_atypical_leaves_exactly_it_out(flawmap, trained, plan
     assert everything.atypical_[0].score == pytest.approx(unseen, rel=0.02)
 
 
-@pytest.mark.parametrize(("drop", "named"), [(-1, "--drop-atypical"), (13, "--drop-atypical 13 leaves 1 images")])
+@pytest.mark.parametrize(("drop", "named"), [(-1, "--drop-atypical"), (13, "--drop-atypical 13 leaves 1 image:")])
 def test_dropping_too_many_is_refused(flawmap, planted, tmp_path, drop, named):
     code, _, err = flawmap("train", planted, "-o", tmp_path / "m.safetensors", "--drop-atypical", drop, *OPTIONS)
     assert code == 2

@@ -22,6 +22,7 @@ def demo_command(output: Path) -> None:
     from flawmap.cli.evaluate import report_table, write_report
     from flawmap.cli.inspect import Shown, find_parts
     from flawmap.cli.progress import ProgressLines, quiet_libraries
+    from flawmap.counts import counted
     from flawmap.datasets import find_dataset
     from flawmap.datasets.drawn import draw_dataset
     from flawmap.errors import FlawmapError
@@ -63,5 +64,5 @@ def demo_command(output: Path) -> None:
     for number, inspection in enumerate(detector.inspector().stream((path for path, _ in parts), keep_pixels=True)):
         shown.draw(number, inspection)
     shown.close(finished=True)
-    say(f"wrote {len(parts)} heatmaps to {heatmaps}, and {heatmaps / 'index.html'} that shows them")
+    say(f"wrote {counted(len(parts), 'heatmap')} to {heatmaps}, and {heatmaps / 'index.html'} that shows them")
     say_all(f"\ndone in {time.monotonic() - start:.0f} s")

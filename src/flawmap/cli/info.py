@@ -16,6 +16,7 @@ def info_command(model: Path) -> None:
     from flawmap.cli.progress import quiet_libraries
 
     quiet_libraries()
+    from flawmap.counts import counted
     from flawmap.judging.judge import Judge
     from flawmap.line.inspector import read_card
 
@@ -25,6 +26,7 @@ def info_command(model: Path) -> None:
     assert judge.threshold is not None
     preparation, training = card.preparation, card.training
     height, width = preparation.size
+    learnt = counted(training["images"], "good image")
     lines = {
         "file": f"{model} ({model.stat().st_size / 1e6:.1f} MB, {known['kind']})",
         "digest": known["digest"] or "not known",
@@ -36,8 +38,8 @@ def info_command(model: Path) -> None:
         "bits": "16" if preparation.preprocessing.deep else "8",
         "region": "everywhere" if preparation.region is None else "a region of interest",
         "alignment": "none" if preparation.template is None else "to a template",
-        "learnt from": f"{training['images']} good images, seed {training['seed']}, engine {training['engine']}",
-        "calibration": f"{card.calibration.mode}, {len(card.calibration.scores)} good images",
+        "learnt from": f"{learnt}, seed {training['seed']}, engine {training['engine']}",
+        "calibration": f"{card.calibration.mode}, {counted(len(card.calibration.scores), 'good image')}",
         "promise": judge.threshold.describe(),
         "versions": ", ".join(f"{name} {version}" for name, version in sorted(training["libraries"].items())),
     }

@@ -38,9 +38,11 @@ def doctor_command() -> int:
     import platform
     from importlib.metadata import PackageNotFoundError, version
 
+    from flawmap.counts import counted
     from flawmap.line.engines import ENGINES, available_engines, cpu_threads
 
-    click.echo(f"python {platform.python_version()} on {platform.system()} {platform.machine()}, {cpu_threads()} cores")
+    cores = counted(cpu_threads(), "core")
+    click.echo(f"python {platform.python_version()} on {platform.system()} {platform.machine()}, {cores}")
     for package in ("flawmap", "numpy", "scipy", "pillow", "onnxruntime", "openvino", "torch", "torchvision", "timm"):
         try:
             click.echo(f"{package} {version(package)}")

@@ -48,9 +48,11 @@ def synthesize_command(
 ) -> int:
     """Make synthetic defects on the good images in DATA and write them with masks, in the MVTec AD layout.
 
-    They are made on good images that are not in OUTPUT/train/good. Look at OUTPUT/contact_sheet.png.
+    They are made on good images that are not in OUTPUT/train/good. Defects that change their pixels by less than 16 of
+    255 levels on average, or fewer than 16 pixels, are drawn anew. Look at OUTPUT/contact_sheet.png, which names each.
     """
     from flawmap.cli.progress import ProgressLines, quiet_libraries
+    from flawmap.counts import counted
     from flawmap.datasets import find_dataset
     from flawmap.synthesis.dataset import write_defects
 
@@ -72,8 +74,12 @@ def synthesize_command(
     say(f"made from {written.held_out}")
     say(", ".join(f"{kind} {written.kinds[kind]}" for kind in sorted(written.kinds)))
     if written.failed:
-        say(f"{written.failed} defects found no place where they may lie and can be seen, and are left out")
-    say(f"wrote {sum(written.kinds.values())} defects to {output}; look at {output / 'contact_sheet.png'}")
+        left, they = ("defect", "it") if written.failed == 1 else ("defects", "they")
+        say(
+            f"{written.failed} {left} found no place where {they} may lie and can be seen, and "
+            f"{'is' if written.failed == 1 else 'are'} left out"
+        )
+    say(f"wrote {counted(sum(written.kinds.values()), 'defect')} to {output}; look at {output / 'contact_sheet.png'}")
     for line in written.unreadable:
         say(f"flawmap: {line}", err=True)
     return 3 if written.unreadable else 0

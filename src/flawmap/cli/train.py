@@ -262,12 +262,13 @@ def _is_number(value: str) -> bool:
 
 def _drawn(dataset: Dataset, shots: int, *, seed: int, calibration: str, **options: Any) -> Dataset:
     """The data set with so many good images; says which."""
+    from flawmap.counts import counted
     from flawmap.datasets.shots import draw_shots
 
     drawn = draw_shots(dataset, shots, seed)
     root = dataset.root if dataset.root.is_dir() else dataset.root.parent  # of a table
     names = ", ".join(os.path.relpath(sample.path, root) for sample in drawn.train)
-    say(f"shots: {shots} of {len(dataset.train)} good images, drawn by seed {seed}: {names}")
+    say(f"shots: {shots} of {counted(len(dataset.train), 'good image')}, drawn by seed {seed}: {names}")
     if shots < _FEW and calibration in ("auto", "loo", "holdout", "crossfit"):
         log.warning(
             "%d images say little of how good parts vary: what is stated of false rejects is weak; "

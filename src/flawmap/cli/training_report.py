@@ -20,7 +20,7 @@ def threshold_lines(detector: Detector) -> list[str]:
     rate, calibration, tail = detector.max_false_reject, detector.calibration_, detector.guarantee == "tail"
     lines = [detector.threshold_.describe()]
     if tail:
-        lines.append(f"not used: {calibration.threshold(rate).describe()}")
+        lines.append(f"not used: {calibration.threshold(rate).describe_again()}")
     decisive = calibration.decisive(rate, "marginal" if tail else detector.guarantee)
     if decisive is not None:
         paths = [one.path for one in detector.atypical_ if one.score == decisive.score]
@@ -30,7 +30,9 @@ def threshold_lines(detector: Detector) -> list[str]:
         )
     if not tail:
         try:
-            lines.append(f"not used, --tail keeps it: {calibration.threshold(rate, 'tail').describe()}")
+            other = calibration.threshold(rate, "tail")
+            text = other.describe() if detector.threshold_.promises else other.describe_again()
+            lines.append(f"not used, --tail keeps it: {text}")
         except FlawmapError as refusal:
             lines.append(f"no threshold from the tail: {refusal}")
     return lines
@@ -38,17 +40,21 @@ def threshold_lines(detector: Detector) -> list[str]:
 
 def notes(detector: Detector, updated: bool) -> list[str]:
     """What the user should know of the images, in a line each."""
+    from flawmap.counts import counted
+
     if updated:
         return []
     told = []
     if detector.atypical_:
         most = ", ".join(f"{one.path.name} ({one.score:.4g})" for one in detector.atypical_[:3])
-        told.append(f"most unusual good images: {most}; look at them in the report, --drop-atypical N leaves N out")
+        images, them = ("image", "it") if len(detector.atypical_) == 1 else ("images", "them")
+        told.append(f"most unusual good {images}: {most}; look at {them} in the report, --drop-atypical N leaves N out")
     if detector.near_duplicates_:
         count = sum(len(group) - 1 for group in detector.near_duplicates_)
+        copies, they = counted(count, "image shows", "images show"), "it adds" if count == 1 else "they add"
         told.append(
-            f"{count} images show what another one shows (see the report): they add little, and the rate above holds "
-            "only for parts as alike"
+            f"{copies} what another one shows (see the report): {they} little, and the rate above holds only for parts "
+            "as alike"
         )
     return told
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from flawmap.counts import counted
 from flawmap.datasets.names import MASK_NAMES
 from flawmap.datasets.samples import Sample, first_few
 from flawmap.errors import ImageError
@@ -116,7 +117,7 @@ def mask_notes(samples: Iterable[Sample], known: Mapping[Path, list[int]]) -> li
         mask, values = next(iter(mixed.items()))
         more = f" and {len(values) - _VALUES_SHOWN} more" if len(values) > _VALUES_SHOWN else ""
         shown = ", ".join(str(value) for value in values[:_VALUES_SHOWN]) + more
-        count = "1 mask holds" if len(mixed) == 1 else f"{len(mixed)} masks hold"
+        count = counted(len(mixed), "mask holds", "masks hold")
         notes.append(f"{count} several values besides 0, all of which mark defects: {shown} in {mask}")
     return notes
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from flawmap.counts import counted
 from flawmap.errors import ImageError
 from flawmap.imaging.decoding import image_size
 
@@ -95,7 +96,7 @@ class Dataset:
         missing = [sample.path for sample in defects if sample.mask is None]
         if len(missing) == len(defects):
             return "none"
-        text = f"{len(defects) - len(missing)} of {len(defects)} defective images"
+        text = f"{len(defects) - len(missing)} of {counted(len(defects), 'defective image')}"
         return text + (f"; none for {first_few(missing)}" if missing else "")
 
     def _size_text(self) -> str:
@@ -111,7 +112,7 @@ class Dataset:
             heights, widths = zip(*sizes, strict=True)
             extent = f"height {_range_text(heights)}, width {_range_text(widths)} pixels"
         unread = len(chosen) - len(sizes)
-        return f"{extent} in {len(chosen)} of {len(self.samples)} images looked at" + (
+        return f"{extent} in {len(chosen)} of {counted(len(self.samples), 'image')} looked at" + (
             f", {unread} of them unreadable" if unread else ""
         )
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from flawmap.counts import counted
 from flawmap.datasets.samples import Dataset, Sample
 from flawmap.errors import FlawmapError, ImageError
 from flawmap.imaging.decoding import read_image
@@ -38,8 +39,9 @@ def draw_shots(dataset: Dataset, shots: int, seed: int) -> Dataset:
         except ImageError:
             continue
     if len(drawn) < shots:
+        different = counted(len(drawn), "different good image")
         raise FlawmapError(
-            f"--shots {shots} is more than the {len(drawn)} different good images that can be read in {dataset.root}: "
+            f"--shots {shots} is more than the {different} that can be read in {dataset.root}: "
             f"give at most {len(drawn)}"
         )
     kept = {sample.path for sample in drawn.values()}

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flawmap.backbones.tracing import TorchEngine
+from flawmap.counts import counted
 from flawmap.datasets.drawn import KINDS, draw_part
 from flawmap.datasets.drawn.dataset import SMALLEST
 from flawmap.detector import Detector
@@ -46,9 +47,8 @@ class Proof:
 
     def describe(self) -> str:
         """One line."""
-        text = (
-            f"{self.engine}: {self.images} images, scores differ by at most {self.score:.2g} ({self.score_share:.1e})"
-        )
+        images = counted(self.images, "image")
+        text = f"{self.engine}: {images}, scores differ by at most {self.score:.2g} ({self.score_share:.1e})"
         return text + ("" if self.map is None else f", maps by {self.map:.2g} ({self.map_share:.1e})")
 
 
@@ -67,7 +67,9 @@ def prove(
     others = [inspector_of(graph, content, engine=name).engine for name in engines]
     inputs = list(model_inputs(images, preparation) if images else _drawn(preparation))
     if not inputs:
-        raise FlawmapError(f"none of the {len(images)} images to check by can be read: give another --check folder")
+        raise FlawmapError(
+            f"none of {counted(len(images), 'image')} to check by can be read: give another --check folder"
+        )
     found: list[list[list[NDArray[np.float32]]]] = []  # of each engine, of each batch, its outputs
     for number in range(0, len(inputs), BATCH):
         part = inputs[number : number + BATCH]

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from flawmap.counts import counted
 from flawmap.detector import Detector
 from flawmap.errors import FlawmapError, ImageError
 from flawmap.export.proof import model_inputs
@@ -56,11 +57,12 @@ class Quantised:
     def describe(self) -> str:
         """Some lines."""
         known = {True: "with VNNI", False: "without VNNI", None: "VNNI not known"}[self.vnni]
+        images = counted(self.calibrated, "good image that was", "good images that were")
         now, before = f"{self.milliseconds:.1f} ms", f"{self.milliseconds_before:.1f} in float32"
         return (
             f"int8: synthetic defects stand out {self.after:.3f} (float32 {self.before:.3f}); one image takes "
             f"{now} ({before}; {self.engine}, processor {known})\n"
-            f"calibrated anew on {self.calibrated} good images that were not learnt from"
+            f"calibrated anew on {images} not learnt from"
         )
 
 
@@ -118,8 +120,9 @@ def _parted(detector: Detector, images: Sequence[Path]) -> tuple[list[Path], lis
         spared = new[: min(_RANGES - len(known), len(new) // 4)]
         known, new = known + spared, new[len(spared) :]
     if len(new) < FEWEST or not known:
+        found = counted(len(new), "good image that was", "good images that were")
         raise FlawmapError(
-            f"--check holds {len(new)} good images that were not learnt from: give at least {FEWEST + 2}, since the "
+            f"--check holds {found} not learnt from: give at least {FEWEST + 2}, since the "
             "8-bit file is calibrated on them"
         )
     return known[:_RANGES], new

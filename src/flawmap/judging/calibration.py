@@ -14,6 +14,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from flawmap.counts import counted
 from flawmap.judging.tail import Tail, fit_tail
 
 PROMISES = ("marginal", "confidence")
@@ -54,26 +55,38 @@ class Threshold:
 
     def describe(self) -> str:
         """One or two sentences for the user."""
+        return self._described(", which promises nothing")
+
+    def describe_again(self) -> str:
+        """The same beside another threshold that has said what an estimate does not promise."""
+        return self._described("")
+
+    @property
+    def promises(self) -> bool:
+        """Whether its rate is promised, and not estimated or counted."""
+        return self.guarantee in PROMISES
+
+    def _described(self, caveat: str) -> str:
+        good, bound = counted(self.images, "good image"), f"95 % upper bound {self.upper:.2%}"
         if self.guarantee == "none":
-            return (
-                f"threshold {self.value:.6g}, given by the user: {self.rate:.2%} of {self.images} good images reach it"
-            )
+            reach = "reaches" if self.images == 1 else "reach"
+            return f"threshold {self.value:.6g}, given by the user: {self.rate:.2%} of {good} {reach} it ({bound})"
         if self.interval is not None:
             low, high = self.interval
             return (
-                f"threshold {self.value:.6g} from {self.images} good images: about {self.rate:.2%} of good parts are "
-                f"rejected [{low:.2%}, {high:.2%}]: an estimate from the upper tail of the scores (generalised Pareto "
-                "distribution, 95 % interval), which promises nothing"
+                f"threshold {self.value:.6g} from {good}: about {self.rate:.2%} of good parts are rejected "
+                f"[{low:.2%}, {high:.2%}]: an estimate from the upper tail of the scores (generalised Pareto "
+                f"distribution, 95 % interval){caveat}"
             )
         kept = {
-            "marginal": f"at most {self.rate:.2%} of good parts are rejected on average (conformal)",
+            "marginal": f"at most {self.rate:.2%} of good parts are rejected on average (conformal; {bound})",
             "confidence": f"with 95 % confidence at most {self.rate:.2%} of good parts are rejected (Clopper-Pearson)",
-            "estimate": f"about {self.rate:.2%} of good parts are rejected: an estimate, which promises nothing",
+            "estimate": f"about {self.rate:.2%} of good parts are rejected ({bound}): an estimate{caveat}",
         }[self.guarantee]
-        text = f"threshold {self.value:.6g} from {self.images} good images: {kept}"
+        text = f"threshold {self.value:.6g} from {good}: {kept}"
         if self.missing:
-            images = "image is" if self.missing == 1 else "images are"
-            text += f". {self.requested:.2%} was asked for: {self.missing} more good {images} needed for it"
+            more = counted(self.missing, "more good image is", "more good images are")
+            text += f". {self.requested:.2%} was asked for: {more} needed for it"
         return text
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from flawmap.counts import counted
 from flawmap.errors import FlawmapError
 
 FEWEST = 10
@@ -112,7 +113,7 @@ def fit_tail(scores: NDArray[np.float32]) -> Tail:
     n = len(scores)
     if n < FEWEST:
         raise FlawmapError(
-            f"the tail of {n} calibration score{'' if n == 1 else 's'} cannot be estimated: calibrate on at least "
+            f"the tail of {counted(n, 'calibration score')} cannot be estimated: calibrate on at least "
             f"{FEWEST} good images, or keep the conformal threshold"
         )
     k = min(n // 2, round(4 * math.sqrt(n)))

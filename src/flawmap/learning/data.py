@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flawmap.backbones import weights_digest
+from flawmap.counts import counted
 from flawmap.datasets.duplicates import duplicate_groups, duplicate_pairs
 from flawmap.errors import FlawmapError, ImageError
 from flawmap.imaging.decoding import read_image
@@ -96,7 +97,7 @@ class TrainingData:
             self.__exit__()
             if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):  # of who is told the progress
                 raise FlawmapError(
-                    f"the features of {len(paths)} images cannot be kept in {folder.parent} "
+                    f"the features of {counted(len(paths), 'image')} cannot be kept in {folder.parent} "
                     f"({error.strerror or error}): free some space, or set TMPDIR to a larger disk"
                 ) from error
             raise
@@ -130,7 +131,7 @@ class TrainingData:
                 expected = max(windows, 1) * self.views.count * len(missing)
                 self._cache.write(maps, expected_rows=expected)
                 if not told:
-                    what = f"features of {len(missing)} images{self.views.describe()}"
+                    what = f"features of {counted(len(missing), 'image')}{self.views.describe()}"
                     announce(f"{what}: {expected * self._cache.row_bytes / 1e6:.0f} MB on disk while training")
                     told = True
             for picture in batch.pictures:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from flawmap.backbones import Backbone, create_backbone, create_engine
+from flawmap.counts import counted
 from flawmap.errors import FlawmapError, ImageError, InputError
 from flawmap.imaging.captures import CaptureLimits
 from flawmap.imaging.decoding import infer_white
@@ -120,7 +121,7 @@ def fit(
     """Learns from the good images `paths`, found in `source`, and calibrates: see `Detector.fit`."""
     if len(paths) < 2:
         raise FlawmapError(
-            f"{len(paths)} good training image{'' if len(paths) == 1 else 's'} found in {source}: "
+            f"{counted(len(paths), 'good training image')} found in {source}: "
             "at least 2 are needed, one to learn from and one to calibrate on; some dozens make a good start"
         )
     kind = recipe.method_class
@@ -167,7 +168,7 @@ def fit(
         images = [i for i, path in enumerate(data.paths) if path in readable]
         if len(images) < 2:
             raise InputError(
-                f"only {len(images)} of {len(paths)} good training images in {source} can be read: "
+                f"only {len(images)} of {counted(len(paths), 'good training image')} in {source} can be read: "
                 "at least 2 are needed"
             )
         alike = data.near_duplicates(images)
@@ -179,7 +180,7 @@ def fit(
             unusual = {good.images[i] for i in np.argsort(-good.scores, kind="stable")[:drop_atypical]}
             images = [i for i in images if i not in unusual]
             if len(images) < 2:
-                raise InputError(f"--drop-atypical {drop_atypical} leaves {len(images)} images: drop fewer")
+                raise InputError(f"--drop-atypical {drop_atypical} leaves {counted(len(images), 'image')}: drop fewer")
             method, split, good = learning.learn(images)
         method.forget()
         latents = None

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flawmap.counts import counted
 from flawmap.errors import FlawmapError, InputError
 from flawmap.imaging.image_files import find_images
 from flawmap.learning.alignment import LOOKED_AT, find_alignment
@@ -275,7 +276,8 @@ def _levelled(method: Method, data: TrainingData, split: Split, parts: list[_Par
         return parts, "maps are not levelled: a place in a tile is no place of the part"
     maps = torch.cat([part.scored[0] for part in parts])
     if len(maps) < FEWEST:
-        few = f"{len(maps)} good images are too few to know each place by, {FEWEST} are needed"
+        found = counted(len(maps), "good image is", "good images are")
+        few = f"{found} too few to know each place by, {FEWEST} are needed"
         return parts, f"maps are not levelled: {few}"
     rows = data.rows(split.fitting or split.held_out)
     chosen = [rows[i] for i in np.linspace(0, len(rows) - 1, min(len(rows), LOOKED_AT)).astype(int)]

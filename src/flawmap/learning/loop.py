@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flawmap.counts import counted
 from flawmap.errors import FlawmapError
 from flawmap.files import open_regular, replacing
 from flawmap.learning.data import COLLECTED, Announce, Progress, TrainingData, batches, on_device, quiet, silent
@@ -75,7 +76,7 @@ def _memory(method: Method, rows: int) -> Iterator[None]:
         yield
     except MemoryError as error:
         raise FlawmapError(
-            f"not enough memory for {rows} images at {method.size[1]} x {method.size[0]}: "
+            f"not enough memory for {counted(rows, 'image')} at {method.size[1]} x {method.size[0]}: "
             "train on fewer images or at a smaller --image-size"
         ) from error
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from flawmap.counts import counted
 from flawmap.errors import FlawmapError, ImageError
 from flawmap.imaging.captures import CaptureLimits
 from flawmap.imaging.preparation import Preparation
@@ -58,7 +59,7 @@ def update(
         report_unreadable(data.unreadable, strict)
         images = list({kept: i for i, kept in reversed(list(enumerate(data.digests)))}.values())[::-1]
         if not images:
-            raise FlawmapError(f"none of the {len(paths)} images in {source} can be read")
+            raise FlawmapError(f"none of {counted(len(paths), 'image')} in {source} can be read")
         good = good_scores(method, data, Split([], images, "holdout"), seed, device, progress, level=False)
         rows = data.rows(images)
         stages = method.further_stages(len(rows))

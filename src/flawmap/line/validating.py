@@ -75,7 +75,7 @@ class Validation:
             return "no image could be judged"
         low, high = self.interval
         share = self.rejected / self.images
-        known = f"; {self.known} left out that were learnt from or stood there twice" if self.known else ""
+        known = f"; {self.known} left out: learnt from, or there twice" if self.known else ""
         stated = "estimated" if self.threshold.guarantee == "tail" else "promised"
         kept = "nothing speaks against it" if self.kept else f"NOT KEPT: more are rejected than {stated}"
         lines = [

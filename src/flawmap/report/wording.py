@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flawmap.counts import counted
+
 if TYPE_CHECKING:
     from flawmap.judging.calibration import Threshold
 
@@ -73,31 +75,41 @@ def _text(value: Any) -> str:
 
 def promise(threshold: Threshold) -> dict[str, list[str]]:
     """What the calibration means and what it does not, in sentences."""
-    rate, images = percent(threshold.rate), threshold.images
+    rate, upper = percent(threshold.rate), percent(threshold.upper)
+    one = threshold.images == 1
+    images = counted(threshold.images, "calibration image")
+    kept_out = f"{'This image was' if one else 'These images were'} kept out of training."
+    each = "This image was scored by a model that had not seen it, but the model in use has learnt from it."
+    if not one:
+        each = (
+            "Each of these images was scored by a model that had not seen it, but the model in use has learnt from all "
+            "of them."
+        )
     low, high = map(percent, threshold.interval or (0.0, 1.0))
     means = {
         "marginal": [
-            f"Of good parts like the {images} calibration images, at most {rate} are rejected on average. "
-            "These images were kept out of training.",
+            f"Of good parts like the {images}, at most {rate} are rejected on average. {kept_out}",
             "On average is meant over many such calibrations. This one may be better or worse: "
-            f"with 95 % confidence its own rate is below {percent(threshold.upper)}.",
+            f"with 95 % confidence its own rate is below {upper}.",
         ],
         "confidence": [
-            f"With 95 % confidence, at most {rate} of good parts like the {images} calibration images are rejected. "
-            "These images were kept out of training.",
+            f"With 95 % confidence, at most {rate} of good parts like the {images} are rejected. {kept_out}",
         ],
         "estimate": [
-            f"About {rate} of good parts like the {images} calibration images are rejected.",
-            "Each of these images was scored by a model that had not seen it, but the model in use has learnt from "
-            "all of them. So this is a fair estimate, and not a promise. For a promise, keep good images out of "
-            "training: train with --calibration holdout, or with a folder of further good images.",
+            f"About {rate} of good parts like the {images} are rejected; the upper bound, with 95 % confidence, is "
+            f"{upper}.",
+            f"{each} So this is a fair estimate, and not a promise. For a promise, keep good images out of training: "
+            "train with --calibration holdout, or with a folder of further good images.",
         ],
         "tail": [
-            f"About {rate} of good parts like the {images} calibration images are rejected, and with 95 % confidence "
-            f"{low} to {high}, if the highest of their scores go on as a generalised Pareto distribution does.",
+            f"About {rate} of good parts like the {images} are rejected, and with 95 % confidence {low} to "
+            f"{high}, if the highest of their scores go on as a generalised Pareto distribution does.",
             "So this is an estimate, and not a promise. The conformal threshold needs no such distribution.",
         ],
-        "none": [f"You chose this threshold. {rate} of the {images} calibration images reach it."],
+        "none": [
+            f"You chose this threshold. {rate} of the {images} {'reaches' if one else 'reach'} it. With 95 % "
+            f"confidence no more than {upper} of good parts like {'it' if one else 'them'} do.",
+        ],
     }[threshold.guarantee]
     does_not = [
         "It says nothing about defects. How many of them escape can only be measured, on defective test images.",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,15 +14,38 @@ from flawmap.synthesis.defects import Defect
 from flawmap.synthesis.sources import fitted
 
 _OUTLINE = (255, 0, 90)
-_GAP, _CAPTION = 6, 16
+_GAP, _CAPTION, _LETTERS = 6, 20, 13
+_SHOWS = {
+    "texture": "a foreign texture",
+    "image": "a piece of another good image",
+    "rearranged": "its own pieces in other places",
+    "merged": "itself under a foreign texture",
+    "cutpaste": "a piece copied elsewhere",
+    "scar": "a thin strip copied elsewhere",
+}
+_SEAMLESS = " (seamless)"
 
 
-def contact_sheet(defects: Iterable[Defect], *, columns: int = 4, side: int = 192, white: int = 65535) -> Image.Image:
-    """Rows of pairs: the image as it is, and with the outline of its mask; the kind of defect below.
+def caption(kind: str, number: int | None = None) -> str:
+    """What a picture shows: the number in the names of its files, the kind, and what that is."""
+    name = kind if number is None else f"{number:05d} {kind}"
+    return f"{name}: {_SHOWS[kind.removesuffix(_SEAMLESS)]}"
+
+
+def contact_sheet(
+    defects: Iterable[Defect],
+    *,
+    columns: int = 4,
+    side: int = 192,
+    numbers: Sequence[int] | None = None,
+    white: int = 65535,
+) -> Image.Image:
+    """Rows of pairs: the image as it is, and with the outline of its mask; below, what kind of defect it is.
 
     Args:
         defects: at least one.
         side: the longer side of each image, in pixels.
+        numbers: of the defects, for their captions.
         white: the value that counts as white in 16-bit images.
     """
     pairs = [(_pair(defect.image, defect.mask, side, white), defect.kind) for defect in defects]
@@ -31,11 +54,12 @@ def contact_sheet(defects: Iterable[Defect], *, columns: int = 4, side: int = 19
     width, height = 2 * side + 2 + _GAP, side + _CAPTION + _GAP
     sheet = Image.new("RGB", (columns * width + _GAP, rows * height + _GAP), "white")
     draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default()
-    for number, (pair, kind) in enumerate(pairs):
-        left, top = _GAP + number % columns * width, _GAP + number // columns * height
+    font = ImageFont.load_default(_LETTERS)
+    for place, (pair, kind) in enumerate(pairs):
+        left, top = _GAP + place % columns * width, _GAP + place // columns * height
         sheet.paste(pair, (left, top))
-        draw.text((left, top + side + 2), kind, fill="black", font=font)
+        text = caption(kind, None if numbers is None else numbers[place])
+        draw.text((left, top + side + 2), text, fill="black", font=font)
     return sheet
 
 

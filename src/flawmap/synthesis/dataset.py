@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from flawmap.counts import counted
 from flawmap.datasets import Dataset
 from flawmap.errors import FlawmapError, ImageError
 from flawmap.files import filling, unwritable, write_png
@@ -28,7 +29,7 @@ from flawmap.imaging.deep_colours import png_of_deep_colours
 from flawmap.imaging.image_files import find_images
 from flawmap.imaging.masks import read_mask, resize_mask
 from flawmap.synthesis.contact_sheet import contact_sheet
-from flawmap.synthesis.defects import Defect, generator, synthesize
+from flawmap.synthesis.defects import VISIBLE, Defect, generator, synthesize
 from flawmap.synthesis.foreground import Foreground, find_foreground, looked_at
 from flawmap.synthesis.sources import KEPT, GoodImages, TextureFolder, read_kept
 from flawmap.synthesis.textures import draw_texture
@@ -49,7 +50,7 @@ class WrittenDefects:
         foreground: where the defects were allowed to lie, before any region of interest.
         kinds: how many defects there are of each kind.
         held_out: how many good images the defects were made from, and in words which.
-        failed: defects that could not be placed where they may lie and were left out.
+        failed: defects that found no place where they may lie and can be seen, and were left out.
         unreadable: images that could not be read, one line each.
     """
 
@@ -77,8 +78,8 @@ def write_defects(
     `output` receives `train/good`; `test/good`, which holds the good images that the defects are made from, and no
     image of `train/good`: the good test images of the data set or, without any, the last fifth of the training
     images; `test/synthetic/<number>_<kind>.png`; `ground_truth/synthetic/<number>_<kind>_mask.png`; and
-    `contact_sheet.png`. A defect depends on the seed, its number and the images: not on how many are made, nor on the
-    workers.
+    `contact_sheet.png`. Defects that can hardly be seen, see `VISIBLE`, are drawn anew, and left out where that does
+    not help. A defect depends on the seed, its number and the images: not on how many are made, nor on the workers.
 
     Args:
         count: how many defects.
@@ -132,7 +133,8 @@ def write_defects(
                     f"{output}: no defect could be placed; check that the region of interest meets the part"
                 )
             shown = made[:: -(-len(made) // _SHOWN)]
-            sheet = contact_sheet((_read_defect(output, number, kind) for number, kind in shown), white=white)
+            pictures = (_read_defect(output, number, kind) for number, kind in shown)
+            sheet = contact_sheet(pictures, numbers=[number for number, _ in shown], white=white)
             write_png(output / "contact_sheet.png", sheet)
     except OSError as error:
         raise unwritable(Path(error.filename or output), error) from error
@@ -147,16 +149,13 @@ def _split(dataset: Dataset) -> tuple[list[Path], list[Path], str]:
     train = [sample.path for sample in dataset.train]
     test = [sample.path for sample in dataset.good_test]
     if test:
-        return train, test, f"{len(test)} good test images"
+        return train, test, counted(len(test), "good test image")
     if len(train) == 1:
         return train, train, "the only good image, which is also the one to learn from"
     # The last ones, not any: shots of one part tend to follow one another, and should stay on one side.
     cut = len(train) - max(1, len(train) // 5)
-    return (
-        train[:cut],
-        train[cut:],
-        f"the last {len(train) - cut} of {len(train)} good images, held out from train/good",
-    )
+    last = f"the last {len(train) - cut} of {counted(len(train), 'good image')}"
+    return train[:cut], train[cut:], f"{last}, held out from train/good"
 
 
 @dataclass(frozen=True)
@@ -180,6 +179,7 @@ class _Maker:
             GoodImages(self.others),
             region=_region(path, self.foreground, self.roi),
             textures=draw_texture if self.textures is None else _texture_folder(self.textures),
+            settings=VISIBLE,
             white=self.white,
         )
         if defect.kind != "none":

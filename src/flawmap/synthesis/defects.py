@@ -18,6 +18,7 @@ from flawmap.synthesis.perlin import perlin_mask
 from flawmap.synthesis.rearrangement import rearrange
 from flawmap.synthesis.sources import Textures, another_image, fitted
 from flawmap.synthesis.textures import draw_texture
+from flawmap.synthesis.visibility import change, contrast
 
 _ATTEMPTS = 10
 _OWN_SHARE = (0.0, 0.8)  # of the image itself in what "merged" lays in
@@ -40,6 +41,8 @@ class SynthesisSettings:
         least_change: defects that change the image by less than this, on the scale 0..1, are made anew. Counted is the
             mean over the mask of what 5 x 5 pixels of it change by together: threads laid beside threads of the same
             cloth are no defect.
+        least_contrast: defects are made anew too whose `contrast` to the image is less than so many 8-bit levels.
+        least_pixels: and those whose mask has fewer pixels.
 
     Raises:
         FlawmapError: a value out of its range.
@@ -56,6 +59,8 @@ class SynthesisSettings:
     augmented: bool = True
     jitter: float = 0.3
     least_change: float = 0.03
+    least_contrast: float = 0.0
+    least_pixels: int = 1
 
     def __post_init__(self) -> None:
         unknown = sorted(self.kinds.keys() - KINDS.keys())
@@ -66,6 +71,9 @@ class SynthesisSettings:
         for name in ("seamless", "isolated", "jitter", "least_change"):
             if not 0 <= getattr(self, name) <= 1:
                 raise FlawmapError(f"synthesis: {name} is {getattr(self, name)}; give 0 to 1")
+        if not 0 <= self.least_contrast <= 255 or self.least_pixels < 1:
+            least = f"least_contrast is {self.least_contrast}, least_pixels {self.least_pixels}"
+            raise FlawmapError(f"synthesis: {least}; give 0 to 255, and 1 or more")
         if not 0 <= self.opacity[0] <= self.opacity[1] <= 1:
             raise FlawmapError(f"synthesis: opacity is {self.opacity}; give two numbers in 0 to 1, the lower first")
         if not 0 <= self.scales[0] <= self.scales[1] <= 12:
@@ -144,7 +152,7 @@ def synthesize(
         seamless = bool(rng.random() < settings.seamless)
         opacity = float(rng.uniform(*settings.opacity))
         mask = mask & region
-        if not mask.any():
+        if mask.sum() < settings.least_pixels:
             continue
         box = _around(mask)
         plain, laid = _unit(pixels[box], white), _unit(source[box], white)  # (h, w, C), (h, w, C')
@@ -155,10 +163,12 @@ def synthesize(
         inside = mask[box]
         blended = seamless_blend(plain, laid, inside) if seamless else alpha_blend(plain, laid, inside, opacity)
         np.clip(blended, 0, 1, out=blended)
-        if settings.least_change and _change(blended - plain, inside) < settings.least_change:
+        if settings.least_change and change(blended - plain, inside) < settings.least_change:
             continue
         defective = pixels.copy()
         defective[mask] = _stored(blended[inside], pixels, white)
+        if settings.least_contrast and contrast(defective, pixels, mask, white) < settings.least_contrast:
+            continue
         return Defect(defective, mask, f"{kind} (seamless)" if seamless else kind)
     return Defect(pixels.copy(), np.zeros(size, np.bool_), "none")
 
@@ -224,6 +234,8 @@ KINDS: dict[str, Callable[[np.random.Generator, _Canvas], _Made]] = {
 """The kinds of defect."""
 
 DEFAULTS = SynthesisSettings()
+VISIBLE = SynthesisSettings(least_contrast=16.0, least_pixels=16)
+"""For defects that people look at: a sixteenth of the range from black to white, on 4 x 4 pixels' area or more."""
 CLS_CNF = SynthesisSettings(kinds={"texture": 0.5, "image": 0.5}, seamless=0.0, isolated=0.0, least_change=0.0)
 """Oh & Kim (IEEE Access 2024), as their program does it."""
 DRAEM = SynthesisSettings(kinds={"texture": 1.0}, seamless=0.0, isolated=0.0, least_change=0.0)
@@ -257,15 +269,6 @@ def _around(mask: NDArray[np.bool_]) -> tuple[slice, slice]:
         slice(max(0, int(rows[0]) - 1), int(rows[-1]) + 2),
         slice(max(0, int(columns[0]) - 1), int(columns[-1]) + 2),
     )
-
-
-def _change(difference: NDArray[np.float32], mask: NDArray[np.bool_]) -> float:
-    """Mean over the mask (H, W) of the size of the difference (H, W, C), averaged over 5 x 5 pixels of the mask."""
-    from scipy.ndimage import uniform_filter
-
-    near = uniform_filter(mask.astype(np.float32), 5, mode="constant")
-    together = uniform_filter(difference, (5, 5, 1), mode="constant")  # alpha and seamless blends are 0 outside
-    return float((np.abs(together[mask]) / near[mask][:, None]).mean())
 
 
 def _colourless(plain: NDArray[np.float32]) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from flawmap.counts import counted
 from flawmap.datasets.duplicates import duplicate_groups, duplicate_pairs
 from flawmap.detector import Detector
 from flawmap.errors import FlawmapError, ImageError
@@ -75,8 +76,9 @@ def hold_out(paths: Sequence[Path], source: str, given: Detector, strict: bool, 
             members.setdefault(group, []).append(path)
     free = [group for group in members if group not in apart]
     if len(members) < _FEWEST_DIFFERENT or len(free) < FEWEST:
+        different = counted(len(members), "different good image")
         raise FlawmapError(
-            f"{len(members)} different good images found in {source}: at least {_FEWEST_DIFFERENT} are needed to tune, "
+            f"{different} found in {source}: at least {_FEWEST_DIFFERENT} are needed to tune, "
             f"{FEWEST} of them to make defects in, which must not be those of --calibration"
         )
     count = min(max(len(free) // 4, FEWEST), _MOST_HELD_OUT)
@@ -100,6 +102,6 @@ def placed(paths: Sequence[Path], detector: Detector) -> list[Path]:
             log.warning("left out of tuning: %s: %s", path, error)
     if len(found) < FEWEST:
         raise FlawmapError(
-            f"defects can be made in {len(found)} images held out, {FEWEST} are needed: give more images"
+            f"defects can be made in {counted(len(found), 'image')} held out, {FEWEST} are needed: give more images"
         )
     return found

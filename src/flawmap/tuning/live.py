@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from flawmap.counts import counted
 from flawmap.datasets import Dataset
 from flawmap.datasets.sources import source_name, training_paths
 from flawmap.detector import Detector
@@ -75,8 +76,8 @@ def tune(
         calibrating = [kept for kept in calibrating if kept not in half]
     if len(chosen) < FEWEST:
         raise FlawmapError(
-            f"{len(chosen)} good images in {source_name(source)} are left to tune on, beside those that were fitted "
-            f"and those that have to calibrate: give at least {FEWEST} more"
+            f"{counted(len(chosen), 'good image')} of {source_name(source)} left to tune on, "
+            f"beside those that were fitted and those that have to calibrate: give at least {FEWEST} more"
         )
     images = synthetic_images(list(chosen.values()), preparation, seed, method.trained_on)
     shared = (preparation, detector.extraction_engine(), detector.device, progress)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from flawmap.counts import counted
 from flawmap.tuning.oracle import OracleGrid
 from flawmap.tuning.sweep import FIGURES
 
@@ -80,8 +81,9 @@ class Tuning:
             verdict = "the settings stay as they were: nothing that was tried is better"
         else:
             verdict = f"chosen {in_words(self.chosen)}"
+        defects, images = counted(self.defects, "synthetic defect"), counted(self.images, "good image")
         lines = [
-            f"tried on {self.defects} synthetic defects in {self.images} good images: {in_words(self.best)}, best in "
+            f"tried on {defects} in {images}: {in_words(self.best)}, best in "
             f"{self.confidence:.0%} of bootstrap resamples",
             f"criterion {self.values[best]:.3f}, before ({in_words(self.before)}) {self.values[before]:.3f}: "
             f"{lead:+.3f} [{self.interval[0]:+.3f}, {self.interval[1]:+.3f}]",
