@@ -375,20 +375,25 @@ def test_an_image_changed_in_between_is_read_again(good, tmp_path):
 
 def test_a_training_that_fails_keeps_what_it_has_done(flawmap, good, uninterrupted, tmp_path):
     alike, output = tmp_path / "alike", tmp_path / "m.safetensors"
+    workspace = tmp_path / "m.safetensors.training"
     alike.mkdir()
     for number in range(4):
         (alike / f"{number}.png").write_bytes((good / "00.png").read_bytes())
     code, _, err = flawmap("train", alike, "-o", output, *options(PADIM))
     assert code == 2
     assert "show the same" in err.splitlines()[-1]
-    assert (tmp_path / "m.safetensors.training" / "index").exists()
+    assert not workspace.exists()  # what was done took no time
+    code, _, err = flawmap("train", good, "-o", output, *options(PADIM), "--drop-atypical", 23)
+    assert code == 2
+    assert "drop fewer" in err.splitlines()[-1]
+    assert workspace.exists()
     code, _, err = flawmap("train", good, "-o", output, *options(PADIM), "--resume", "--discard")
     assert code == 2
     assert "not both" in err
     code, _, err = flawmap("train", good, "-o", output, *options(PADIM), "--discard")
     assert code == 0, err
     assert output.read_bytes() == uninterrupted["padim"]
-    assert not (tmp_path / "m.safetensors.training").exists()
+    assert not workspace.exists()
 
 
 def test_what_fails_before_anything_is_kept_leaves_nothing(good, tmp_path):

@@ -22,7 +22,7 @@ SMALL = ("--image-size", 64, "--method", "padim", "--set", "channels=8", "--engi
         ("a\rb\tc", "a\\rb\\tc"),
         ("\x1b[2Jgood", "\\x1b[2Jgood"),
         ("\x9b2J\x7f", "\\x9b2J\\x7f"),
-        ("a\u202egnp.exe", "a\\u202egnp.exe"),
+        ("☃ \u202e é \u200c.png", "☃ \u202e é \u200c.png"),
         ("a\u2028b", "a\\u2028b"),
         ("a\udcffb", "a\\udcffb"),
     ],

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import unicodedata
 
-# Other, format (which turns text around), surrogates, and the separators of lines and paragraphs.
-_UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
+# Controls, surrogates, and the separators of lines and paragraphs. What joins and turns letters is part of scripts.
+_UNSEEN = ("Cc", "Cs", "Zl", "Zp")
 
 
 def printable(name: str | os.PathLike[str]) -> str:

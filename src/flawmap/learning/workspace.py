@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 _RUN = "run"  # marks a workspace, and says whose it is
 _LOCK = "lock"
+_WORTH = 8  # images
 _UNDER_WAY = 1 << 20  # the byte of `lock` that is locked, behind those that say by whom, which others read
 
 
@@ -58,7 +59,8 @@ class Workspace:
 def work_in(folder: Path | None, run: dict[str, Any], resume: bool) -> Iterator[Workspace | None]:
     """A folder that nobody else works in until the block ends, and which is left as it is then; None for none.
 
-    It goes where the block fails before anything was kept in it, or by input that nothing can be gone on with.
+    It goes where the block fails before anything was kept in it that is worth going on from, or by input that cannot be
+    used.
 
     Raises:
         FlawmapError: another process works in it, it holds an interrupted training that is not asked for or another
@@ -119,8 +121,13 @@ def _claim(folder: Path, mark: str, resume: bool) -> None:
 
 
 def _holds_anything(folder: Path) -> bool:
-    """Whether there is anything to go on with: all else comes after the first features."""
-    return (folder / "index").exists()
+    """Whether there is anything to go on with: more than the features of a few images, which take no time."""
+    if next(folder.glob("checkpoint-*"), None) is not None:
+        return True
+    try:
+        return (folder / "index").read_bytes().count(b"\n") >= _WORTH
+    except OSError:
+        return False
 
 
 def _interrupted(folder: Path) -> FlawmapError:

@@ -28,6 +28,7 @@ from flawmap.imaging.decoding import infer_white, read_image
 from flawmap.imaging.deep_colours import png_of_deep_colours
 from flawmap.imaging.image_files import find_images
 from flawmap.imaging.masks import read_mask, resize_mask
+from flawmap.ranges import SEEDS
 from flawmap.synthesis.contact_sheet import contact_sheet
 from flawmap.synthesis.defects import VISIBLE, Defect, generator, synthesize
 from flawmap.synthesis.foreground import Foreground, find_foreground, looked_at
@@ -93,9 +94,11 @@ def write_defects(
         FlawmapError: a value out of its range; `output` is not new or empty, or cannot be written; no good image or no
             texture can be read.
     """
-    for name, value, least in (("count", count, 1), ("seed", seed, 0), ("size", size, 8), ("workers", workers, 1)):
-        if value is not None and value < least:
-            raise FlawmapError(f"{name} is {value}; give {least} or more")
+    limits = {"count": (1, 10_000_000), "seed": SEEDS, "size": (8, 100_000), "workers": (1, 1024)}
+    for name, value in (("count", count), ("seed", seed), ("size", size), ("workers", workers)):
+        least, most = limits[name]
+        if value is not None and not least <= value <= most:
+            raise FlawmapError(f"{name} is {value}; give {least} to {most}")
     if textures is not None:
         TextureFolder(textures)
     if roi is not None and not read_mask(roi).any():
