@@ -217,3 +217,16 @@ def test_a_black_image_among_the_held_out_is_shown_without_a_map(flawmap, drawn,
     page = Page(tmp_path / "m.html")
     assert "further/black.png" in page["atypical"]
     assert page["leaks"].endswith("No image was found in both.")
+
+
+def test_a_model_trained_without_the_check_judges_every_capture(flawmap, drawn, tmp_path):
+    model, exported, black = (tmp_path / name for name in ("m.safetensors", "m.onnx", "black.png"))
+    failed_captures(drawn)["black"].save(black)
+    small = ("--method", "padim", "--set", "channels=24", "--image-size", 64, "--engine", "torch")
+    for arguments, codes, said in (((), (2, 2), "refused"), (("--no-capture-check",), (0, 0), "not checked")):
+        assert flawmap("train", drawn, "-o", model, *small, *arguments)[0] == 0
+        assert flawmap("export", model, "-o", exported, "--check", drawn / "test" / "good")[0] == 0
+        assert flawmap("inspect", model, black, "--engine", "torch")[0] == codes[0]
+        assert flawmap("inspect", exported, black)[0] == codes[1]
+        assert said in next(line for line in flawmap("info", exported)[1].splitlines() if line.startswith("captures"))
+    assert Detector.load(model).capture_check is False

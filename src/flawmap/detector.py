@@ -66,6 +66,8 @@ class Detector:
         guarantee: "marginal", "confidence" or "tail", see `flawmap.judging.calibration`. Where no tail can be fitted to
             the calibration scores, `fit` says so in a warning and takes the threshold of "marginal".
         calibration: "auto", "loo", "holdout", "crossfit", or a folder of further good images.
+        capture_check: whether captures unlike the good images (black, blurred, of another part) are refused: verdict
+            "error".
         settings: the method's own.
 
     Attributes:
@@ -109,6 +111,7 @@ class Detector:
         max_false_reject: float = 0.01,
         guarantee: Literal["marginal", "confidence", "tail"] = "marginal",
         calibration: str | Path = "auto",
+        capture_check: bool = True,
         **settings: Any,
     ) -> None:
         self.geometry = geometry or Geometry()
@@ -134,6 +137,7 @@ class Detector:
         self.device = _device(device)
         self.seed = whole("--seed", seed, SEEDS)
         self.calibration = calibration
+        self.capture_check = capture_check
         self.method_: Method
         self.preparation_: Preparation
         self.training_: dict[str, Any]
@@ -247,7 +251,7 @@ class Detector:
         self.method_ = fitted.method
         self.preparation_ = fitted.preparation
         self.capture_limits_ = fitted.capture_limits
-        self.training_ = fitted.training
+        self.training_ = {**fitted.training, "capture_check": self.capture_check}
         self.latents_ = fitted.latents
         self.atypical_ = fitted.atypical
         self.near_duplicates_ = fitted.near_duplicates
@@ -599,6 +603,7 @@ class Detector:
             detector.capture_limits_ = card.captures
             detector.latents_ = latents
             detector.training_ = dict(card.training)
+            detector.capture_check = card.capture_check
             detector.digest_ = digest
             assert card.calibration is not None
             detector._calibrate(card.calibration)

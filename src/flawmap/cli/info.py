@@ -39,9 +39,11 @@ def info_command(model: Path) -> None:
         "region": "everywhere" if preparation.region is None else "a region of interest",
         "alignment": "none" if preparation.template is None else "to a template",
         "learnt from": f"{learnt}, seed {training['seed']}, engine {training['engine']}",
+        "captures": "refused where unlike the good images" if card.capture_check else "not checked",
         "calibration": f"{card.calibration.mode}, {counted(len(card.calibration.scores), 'good image')}",
         "promise": judge.threshold.describe(),
-        "versions": ", ".join(f"{name} {version}" for name, version in sorted(training["libraries"].items())),
+        "versions": ", ".join(f"{name} {version}" for name, version in sorted(training.get("libraries", {}).items()))
+        or "not known",
     }
     width = max(map(len, lines))
     for name, text in lines.items():

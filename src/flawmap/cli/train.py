@@ -54,6 +54,14 @@ _FEW = 20  # images; fewer do not calibrate
     metavar="IMAGE",
     help="Align each image to this one first, the one on which the region of interest is drawn.",
 )
+@click.option(
+    "--no-capture-check",
+    "capture_check",
+    is_flag=True,
+    flag_value=False,
+    default=True,
+    help="Judge captures unlike the good images (black, blurred, of another part) too, instead of refusing them.",
+)
 @click.option("--epochs", type=int, help="Of methods that train by gradient.")
 @click.option("--views", type=int, help="Rotated views of each image, of methods that train on them.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A setting of the method; repeatable.")

@@ -62,7 +62,7 @@ class Inspector:
         self.engine = engine
         self.judge = judge
         self.digest = digest
-        self.capture_check = True
+        self.capture_check = card.capture_check
         self._mover = mover
         self._warm: set[int] = set()  # batch sizes that the engine has made its kernels for
         self._warming = threading.Lock()

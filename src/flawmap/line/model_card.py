@@ -50,6 +50,11 @@ class ModelCard:
     training: Mapping[str, Any]
     localises: bool
 
+    @property
+    def capture_check(self) -> bool:
+        """Whether captures unlike the good images are refused."""
+        return bool(self.training.get("capture_check", True))
+
     def threshold(self) -> Threshold | None:
         """The threshold that keeps the rate asked for in training."""
         return None if self.calibration is None else self.calibration.threshold(self.max_false_reject, self.guarantee)
