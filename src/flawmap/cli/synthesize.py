@@ -66,7 +66,7 @@ def synthesize_command(
             size=size,
             roi=roi,
             textures=textures,
-            workers=workers or os.cpu_count() or 1,
+            workers=(os.cpu_count() or 1) if workers is None else workers,
             progress=progress,
         )
     say_all(written.foreground.describe())
