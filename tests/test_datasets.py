@@ -358,3 +358,11 @@ def test_what_is_no_data_set(tmp_path: Path) -> None:
 def test_defects_are_not_taken_for_good(tmp_path: Path, name: str) -> None:
     make(tmp_path, "1.png", name)
     refused(tmp_path, "neither 'good' nor 'train/good'; name the folder of good images")
+
+
+def test_a_kind_cannot_forge_a_line_of_the_description(tmp_path):
+    kind = "scratch\nmasks: all of them"
+    make(tmp_path / "d", "train/good/a.png", "train/good/b.png", f"test/{kind}/c.png")
+    lines = find_dataset(tmp_path / "d").describe().splitlines()
+    assert lines[2] == r"test: 0 good, 1 defective (scratch\nmasks: all of them 1)"
+    assert sum(line.startswith("masks: ") for line in lines) == 1

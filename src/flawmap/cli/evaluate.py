@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from flawmap.text import printable
+
 if TYPE_CHECKING:
     from flawmap.datasets import Dataset
     from flawmap.judging.evaluation import EvaluationReport
@@ -105,7 +107,7 @@ def evaluate_command(
             inspector = inspector.without_capture_check()
         report = evaluate_inspector(inspector, dataset, full_resolution=full_resolution, progress=progress)
     assert inspector.judge.threshold is not None
-    text = json.dumps(report.to_json() | ({} if grid is None else grid.to_json()), indent=2)
+    text = json.dumps(report.to_json() | ({} if grid is None else grid.to_json()), indent=2, allow_nan=False)
     if json_file == "-":
         click.echo(text)
     else:
@@ -191,10 +193,14 @@ def report_table(report: EvaluationReport) -> str:
     lines.append("")
     always = ("images", "rejected", "errors", *(("on_defect",) if report.counted("located") else ()))
     heads = {column: head for column, head in _COUNTS.items() if column in always or report.counted(column)}
-    width = max(len(kind) for kind in report.kinds)
+    width = max(len(printable(kind)) for kind in report.kinds)
     lines.append("  ".join([f"{'kind':<{width}}", *heads.values()]))
     for kind, counts in report.kinds.items():
-        lines.append("  ".join([f"{kind:<{width}}", *(f"{counts[name]:{len(head)}d}" for name, head in heads.items())]))
+        lines.append(
+            "  ".join(
+                [f"{printable(kind):<{width}}", *(f"{counts[name]:{len(head)}d}" for name, head in heads.items())]
+            )
+        )
     lines += remarks(report)
     lines.append(
         f"{report.images} images, {report.milliseconds_per_image or 0:.1f} ms each (median, decoding not counted)"

@@ -11,6 +11,7 @@ from typing import Literal
 from flawmap.counts import counted
 from flawmap.errors import ImageError
 from flawmap.imaging.decoding import image_size
+from flawmap.text import printable
 
 _HEADERS_READ = 20  # for the sizes in describe(): a PNG without orientation has to be decoded for its size
 
@@ -74,7 +75,7 @@ class Dataset:
         return [sample for sample in self.test if sample.label == 1]
 
     def describe(self) -> str:
-        """What was found, in several lines: layout, split, counts, masks, image sizes, notes."""
+        """What was found, in several lines, whatever names hold: layout, split, counts, masks, image sizes, notes."""
         lines = [
             f"{self.name}: {self.layout} in {self.root}",
             f"train: {len(self.train)} good",
@@ -82,7 +83,7 @@ class Dataset:
             f"masks: {self._mask_text()}",
             f"image size: {self._size_text()}",
         ]
-        return "\n".join(lines + [f"note: {note}" for note in self.notes])
+        return "\n".join(map(printable, lines + [f"note: {note}" for note in self.notes]))
 
     def _test_text(self) -> str:
         if not self.test:
