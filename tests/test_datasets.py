@@ -304,7 +304,7 @@ def test_csv_of_several_objects(tmp_path: Path) -> None:
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes on this system")
 def test_a_table_that_is_no_file_does_not_hang(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "parts.csv")
-    refused(tmp_path / "parts.csv", "is a FIFO, not a file; ")
+    refused(tmp_path / "parts.csv", "is a pipe, not a file; ")
 
 
 def test_csv_that_is_not_utf_8(tmp_path: Path) -> None:
