@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from flawmap.cli.training_report import notes, threshold_lines
-from flawmap.counts import counted
 from flawmap.datasets import Dataset, Sample
 from flawmap.judging.calibration import Calibration, Threshold
 from flawmap.report.wording import promise
+from flawmap.text import counted
 
 NO_PEAKS = np.empty(0, np.float32)
 

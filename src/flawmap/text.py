@@ -1,4 +1,4 @@
-"""Names as they may be printed: whatever a file is called, it takes one line and moves no cursor."""
+"""Names and counts as they may be printed: whatever a file is called, it takes one line and moves no cursor."""
 
 from __future__ import annotations
 
@@ -21,6 +21,11 @@ def cell(value: object) -> str:
     """A text for a cell of a CSV table; a spreadsheet would compute what begins like a formula, so that is quoted."""
     text = printable(str(value))
     return f"'{text}" if text.startswith(("=", "+", "-", "@")) and not _is_number(text) else text
+
+
+def counted(count: int, one: str, many: str | None = None) -> str:
+    """ "1 image" or "2 images"; `many` where the plural is not `one` and an s."""
+    return f"{count} {one if count == 1 else many or one + 's'}"
 
 
 def _escaped(sign: str) -> str:

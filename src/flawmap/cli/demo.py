@@ -22,11 +22,11 @@ def demo_command(output: Path) -> None:
     from flawmap.cli.evaluate import report_table, write_report
     from flawmap.cli.inspect import Shown, find_parts
     from flawmap.cli.progress import ProgressLines, quiet_libraries
-    from flawmap.counts import counted
     from flawmap.datasets import find_dataset
     from flawmap.datasets.drawn import draw_dataset
     from flawmap.errors import FlawmapError
     from flawmap.report.drawings import make_folder
+    from flawmap.text import counted
 
     quiet_libraries()
     start = time.monotonic()

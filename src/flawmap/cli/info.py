@@ -16,9 +16,9 @@ def info_command(model: Path) -> None:
     from flawmap.cli.progress import quiet_libraries
 
     quiet_libraries()
-    from flawmap.counts import counted
     from flawmap.judging.judge import Judge
     from flawmap.line.inspector import read_card
+    from flawmap.text import counted
 
     card, known = read_card(model)
     assert card.calibration is not None

@@ -38,8 +38,8 @@ def doctor_command() -> int:
     import platform
     from importlib.metadata import PackageNotFoundError, version
 
-    from flawmap.counts import counted
     from flawmap.line.engines import ENGINES, available_engines, cpu_threads
+    from flawmap.text import counted
 
     cores = counted(cpu_threads(), "core")
     click.echo(f"python {platform.python_version()} on {platform.system()} {platform.machine()}, {cores}")

@@ -51,9 +51,9 @@ def synthesize_command(
     255 levels on average, or fewer than 16 pixels, are drawn anew. Look at OUTPUT/contact_sheet.png, which names each.
     """
     from flawmap.cli.progress import ProgressLines, quiet_libraries
-    from flawmap.counts import counted
     from flawmap.datasets import find_dataset
     from flawmap.synthesis.dataset import write_defects
+    from flawmap.text import counted
 
     quiet_libraries()
     dataset = find_dataset(data, category)

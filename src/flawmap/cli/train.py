@@ -270,8 +270,8 @@ def _is_number(value: str) -> bool:
 
 def _drawn(dataset: Dataset, shots: int, *, seed: int, calibration: str, **options: Any) -> Dataset:
     """The data set with so many good images; says which."""
-    from flawmap.counts import counted
     from flawmap.datasets.shots import draw_shots
+    from flawmap.text import counted
 
     drawn = draw_shots(dataset, shots, seed)
     root = dataset.root if dataset.root.is_dir() else dataset.root.parent  # of a table

@@ -40,7 +40,7 @@ def threshold_lines(detector: Detector) -> list[str]:
 
 def notes(detector: Detector, updated: bool) -> list[str]:
     """What the user should know of the images, in a line each."""
-    from flawmap.counts import counted
+    from flawmap.text import counted
 
     if updated:
         return []

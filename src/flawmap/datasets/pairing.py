@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from flawmap.counts import counted
 from flawmap.datasets.names import MASK_NAMES
 from flawmap.datasets.samples import Sample, first_few
 from flawmap.errors import ImageError
 from flawmap.imaging.image_files import find_images
 from flawmap.imaging.masks import mask_values
+from flawmap.text import counted
 
 _ENDING = re.compile(r"[_\-. ](labels?|masks?|gt|ground[_\- ]?truth|segmentation|annotation)$", re.IGNORECASE)
 _VALUES_SHOWN = 5

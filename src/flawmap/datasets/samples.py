@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from flawmap.counts import counted
 from flawmap.errors import ImageError
 from flawmap.imaging.decoding import image_size
-from flawmap.text import printable
+from flawmap.text import counted, printable
 
 _HEADERS_READ = 20  # for the sizes in describe(): a PNG without orientation has to be decoded for its size
 

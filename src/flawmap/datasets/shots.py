@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from flawmap.counts import counted
 from flawmap.datasets.samples import Dataset, Sample
 from flawmap.errors import FlawmapError, ImageError
 from flawmap.imaging.decoding import read_image
 from flawmap.imaging.image_files import digest
+from flawmap.text import counted
 
 
 def draw_shots(dataset: Dataset, shots: int, seed: int) -> Dataset:

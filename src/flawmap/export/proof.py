@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flawmap.backbones.tracing import TorchEngine
-from flawmap.counts import counted
 from flawmap.datasets.drawn import KINDS, draw_part
 from flawmap.datasets.drawn.dataset import SMALLEST
 from flawmap.detector import Detector
@@ -22,6 +21,7 @@ from flawmap.imaging.reading import BATCH
 from flawmap.learning.data import Progress
 from flawmap.line.engines import available_engines
 from flawmap.line.exported import inspector_of
+from flawmap.text import counted
 
 MOST = 1e-3
 """Of the largest value, by which a file's may differ: some hundred times what rounding explains."""

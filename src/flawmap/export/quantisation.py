@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flawmap.counts import counted
 from flawmap.detector import Detector
 from flawmap.errors import FlawmapError, ImageError
 from flawmap.export.proof import model_inputs
@@ -23,6 +22,7 @@ from flawmap.learning.data import Progress
 from flawmap.learning.fitting import SHORT
 from flawmap.line import Inspector
 from flawmap.line.exported import inspector_of
+from flawmap.text import counted
 from flawmap.tuning.criterion import Criterion
 from flawmap.tuning.scorer import Scorer
 from flawmap.tuning.synthetic import FEWEST, synthetic_images

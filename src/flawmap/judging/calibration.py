@@ -14,8 +14,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from flawmap.counts import counted
 from flawmap.judging.tail import Tail, fit_tail
+from flawmap.text import counted
 
 PROMISES = ("marginal", "confidence")
 GUARANTEES = (*PROMISES, "tail")

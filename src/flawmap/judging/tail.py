@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from flawmap.counts import counted
 from flawmap.errors import FlawmapError
+from flawmap.text import counted
 
 FEWEST = 10
 """Images whose scores a tail can be fitted to."""

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flawmap.backbones import weights_digest
-from flawmap.counts import counted
 from flawmap.datasets.duplicates import duplicate_groups, duplicate_pairs
 from flawmap.errors import FlawmapError, ImageError
 from flawmap.imaging.decoding import read_image
@@ -25,6 +24,7 @@ from flawmap.learning.feature_cache import FeatureCache
 from flawmap.learning.views import Views
 from flawmap.line.engines import Engine
 from flawmap.methods import Method
+from flawmap.text import counted
 
 COLLECTED = 32
 """Model inputs whose features are collected or scored at once: PaDiM reads all its Gaussians for each batch."""

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from torch import nn
 
 from flawmap.backbones import Backbone, create_backbone, create_engine
-from flawmap.counts import counted
 from flawmap.errors import FlawmapError, ImageError, InputError
 from flawmap.imaging.captures import CaptureLimits
 from flawmap.imaging.decoding import infer_white
@@ -35,6 +34,7 @@ from flawmap.learning.views import Views
 from flawmap.learning.workspace import Workspace, identity, work_in
 from flawmap.line.engines import Engine, cpu_threads
 from flawmap.methods import Method
+from flawmap.text import counted
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flawmap.counts import counted
 from flawmap.errors import FlawmapError, InputError
 from flawmap.imaging.image_files import find_images
 from flawmap.learning.alignment import LOOKED_AT, find_alignment
@@ -21,6 +20,7 @@ from flawmap.learning.data import COLLECTED, Progress, TrainingData, batches, on
 from flawmap.methods import Method
 from flawmap.methods.blocks.levelling import ENOUGH, FEWEST, GoodMaps
 from flawmap.methods.blocks.smoothing import largest, on_grid
+from flawmap.text import counted
 
 # Leaving out a third of many images changes a bank as little as leaving out a fifth of few.
 _FOLDS, _FOLDS_OF_MANY, _MANY = 5, 3, 150

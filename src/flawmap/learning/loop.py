@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flawmap.counts import counted
 from flawmap.errors import FlawmapError
 from flawmap.files import open_regular, replacing
 from flawmap.learning.data import COLLECTED, Announce, Progress, TrainingData, batches, on_device, quiet, silent
 from flawmap.learning.defective import DefectiveBatches
 from flawmap.methods import Collect, Method, Optimise, Stage, SyntheticDefects
+from flawmap.text import counted
 
 _SIGNED = 32  # bytes at the end of a checkpoint
 

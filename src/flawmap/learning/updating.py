@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from flawmap.counts import counted
 from flawmap.errors import FlawmapError, ImageError
 from flawmap.imaging.captures import CaptureLimits
 from flawmap.imaging.preparation import Preparation
@@ -19,6 +18,7 @@ from flawmap.learning.good_scores import Split, good_scores
 from flawmap.learning.loop import train
 from flawmap.line.engines import Engine
 from flawmap.methods import Method
+from flawmap.text import counted
 
 
 @dataclass(frozen=True)

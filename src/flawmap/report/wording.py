@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flawmap.counts import counted
+from flawmap.text import counted
 
 if TYPE_CHECKING:
     from flawmap.judging.calibration import Threshold

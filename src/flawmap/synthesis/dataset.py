@@ -20,7 +20,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from flawmap.counts import counted
 from flawmap.datasets import Dataset
 from flawmap.errors import FlawmapError, ImageError
 from flawmap.files import filling, unwritable, write_png
@@ -34,6 +33,7 @@ from flawmap.synthesis.defects import VISIBLE, Defect, generator, synthesize
 from flawmap.synthesis.foreground import Foreground, find_foreground, looked_at
 from flawmap.synthesis.sources import KEPT, GoodImages, TextureFolder, read_kept
 from flawmap.synthesis.textures import draw_texture
+from flawmap.text import counted
 
 Progress = Callable[[str, int, int], None]
 _Task = TypeVar("_Task")

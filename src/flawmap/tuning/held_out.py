@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-from flawmap.counts import counted
 from flawmap.datasets.duplicates import duplicate_groups, duplicate_pairs
 from flawmap.detector import Detector
 from flawmap.errors import FlawmapError, ImageError
@@ -17,6 +16,7 @@ from flawmap.imaging.decoding import infer_white, read_image
 from flawmap.imaging.fingerprints import fingerprint
 from flawmap.learning.data import Progress
 from flawmap.learning.good_scores import calibration_images
+from flawmap.text import counted
 from flawmap.tuning.synthetic import FEWEST
 
 log = logging.getLogger(__name__)

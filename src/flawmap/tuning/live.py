@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from flawmap.counts import counted
 from flawmap.datasets import Dataset
 from flawmap.datasets.sources import source_name, training_paths
 from flawmap.detector import Detector
@@ -15,6 +14,7 @@ from flawmap.errors import FlawmapError
 from flawmap.imaging.image_files import digest
 from flawmap.learning.data import Progress, quiet
 from flawmap.learning.fitting import SHORT
+from flawmap.text import counted
 from flawmap.tuning.criterion import Compared
 from flawmap.tuning.live_points import compare_live, live_figures, live_points
 from flawmap.tuning.oracle import OracleGrid, test_samples

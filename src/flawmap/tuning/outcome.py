@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flawmap.counts import counted
+from flawmap.text import counted
 from flawmap.tuning.oracle import OracleGrid
 from flawmap.tuning.sweep import FIGURES
 
