@@ -6,13 +6,20 @@ import click
 
 
 @click.command("methods")
-def methods_command() -> None:
-    """List the methods with their papers."""
+@click.argument("name", required=False)
+def methods_command(name: str | None) -> None:
+    """List the methods with their papers, and when to take which; or say all of the one called NAME."""
     from flawmap.methods.registry import METHODS
 
-    width = max(map(len, METHODS))
+    if name is not None:
+        from flawmap.cli.method_lines import method_lines
+        from flawmap.methods.registry import entry_of
+
+        click.echo("\n".join(method_lines(entry_of(name))))
+        return
+    widths = [max(map(len, column)) for column in zip(*((e.name, e.paper) for e in METHODS.values()), strict=True)]
     for entry in METHODS.values():
-        click.echo(f"{entry.name:<{width}}  {entry.paper}")
+        click.echo(f"{entry.name:<{widths[0]}}  {entry.paper:<{widths[1]}}  {entry.when}")
 
 
 @click.command("backbones")
