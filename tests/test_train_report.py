@@ -4,11 +4,13 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageFilter
 from sklearn.metrics import roc_auc_score
 
 from flawmap import Detector
 from flawmap.datasets.drawn import draw_part
+from flawmap.learning.highest_maps import HighestMaps
 from test_report import Page
 
 OPTIONS = ("--method", "padim", "--image-size", 64, "--set", "channels=8", "--engine", "torch")
@@ -230,3 +232,51 @@ def test_a_model_trained_without_the_check_judges_every_capture(flawmap, drawn, 
         assert flawmap("inspect", exported, black)[0] == codes[1]
         assert said in next(line for line in flawmap("info", exported)[1].splitlines() if line.startswith("captures"))
     assert Detector.load(model).capture_check is False
+
+
+@pytest.mark.parametrize("mode", ["loo", "crossfit", "holdout", "folder"])
+def test_the_maps_of_unusual_images_are_by_the_method_that_gave_their_scores(planted, tmp_path, mode):
+    folder = tmp_path / "further"
+    shutil.copytree(planted / "test" / "good", folder)
+    options = {"image_size": 64, "channels": 8, "engine": "torch"}
+    detector = Detector("padim", calibration=folder if mode == "folder" else mode, **options).fit(planted)
+    kept = [one for one in detector.atypical_ if one.maps is not None]
+    assert kept == detector.atypical_[:12]
+    for one in kept:
+        assert one.maps.shape == (1, 64, 64)
+        assert one.maps.dtype == np.float32
+        assert one.maps.max() == np.float32(one.score)  # PaDiM's score is its map's largest
+    if mode == "loo":
+        known = detector.predict(kept[0].path)
+        assert known.maps.max() < 0.9 * kept[0].maps.max()
+
+
+def test_the_report_shows_the_heat_of_the_method_that_had_not_seen_the_image(planted, monkeypatch, tmp_path):
+    from flawmap.cli.training_report import write_report
+    from flawmap.datasets import find_dataset
+    from flawmap.report import pictures
+
+    detector = Detector("padim", image_size=64, channels=8, engine="torch").fit(planted)
+    shown = []
+    monkeypatch.setattr(pictures, "overlay", lambda pixels, found, scale: shown.append(found) or pixels)
+    write_report(tmp_path / "page.html", detector, find_dataset(planted))
+    assert len(shown) == 12
+    for one, found in zip(detector.atypical_, shown, strict=False):
+        assert found.path == one.path
+        assert (found.score, found.p_value) == (one.score, one.p_value)
+        np.testing.assert_array_equal(found.maps, one.maps)
+
+
+def test_maps_of_many_windows_are_kept_by_their_images_highest_score():
+    drawn = torch.from_numpy(np.random.default_rng(0).random((120, 1, 4, 4), np.float32))
+    owners = [row // 4 for row in range(120)]
+    scores = drawn.amax((1, 2, 3)).tolist()
+    highest = HighestMaps()
+    for start in range(0, 120, 7):  # windows of one image come in two batches
+        part = slice(start, start + 7)
+        highest.add(owners[part], scores[part], drawn[part])
+    of_image = drawn.reshape(30, 4, 4, 4).numpy()
+    order = np.argsort(-of_image.max((1, 2, 3)), kind="stable")[:12]
+    assert set(highest.of()) == set(order.tolist())
+    for image, maps in highest.of().items():
+        np.testing.assert_array_equal(maps, of_image[image])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from flawmap.text import printable
+from flawmap.text import counted, printable
 
 if TYPE_CHECKING:
     from flawmap.datasets import Dataset
@@ -203,6 +203,7 @@ def report_table(report: EvaluationReport) -> str:
         )
     lines += remarks(report)
     lines.append(
-        f"{report.images} images, {report.milliseconds_per_image or 0:.1f} ms each (median, decoding not counted)"
+        f"{counted(report.images, 'image')}, {report.milliseconds_per_image or 0:.1f} ms each (median, decoding not "
+        "counted)"
     )
     return "\n".join(lines)

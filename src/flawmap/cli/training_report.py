@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from flawmap.datasets import Dataset
     from flawmap.detector import Detector
+    from flawmap.judging.inspection import Inspection
+    from flawmap.learning.fitting import Atypical
 
 _SHOWN = 12  # atypical images on the page
 
@@ -59,6 +61,21 @@ def notes(detector: Detector, updated: bool) -> list[str]:
     return told
 
 
+def _unlearnt(one: Atypical, inspection: Inspection) -> Inspection:
+    """What the method that had not learnt the image says of it; without a map where that was not kept whole."""
+    from dataclasses import replace
+
+    if one.maps is None or inspection.maps is None or inspection.threshold is None:
+        return replace(inspection, maps=None)
+    return replace(
+        inspection,
+        verdict="defect" if one.score >= inspection.threshold else "good",
+        score=one.score,
+        p_value=one.p_value,
+        maps=one.maps if one.maps.shape == inspection.maps.shape else None,
+    )
+
+
 def write_report(path: Path, detector: Detector, dataset: Dataset) -> None:
     """The page that training ends with."""
     from flawmap.datasets.duplicates import in_train_and_test
@@ -72,7 +89,7 @@ def write_report(path: Path, detector: Detector, dataset: Dataset) -> None:
     pictures = []
     for one, inspection in zip(unusual, detector.stream([one.path for one in unusual]), strict=True):
         try:
-            picture = None if scale is None else take_picture(read_image(one.path), inspection, scale)
+            picture = None if scale is None else take_picture(read_image(one.path), _unlearnt(one, inspection), scale)
         except ImageError:  # gone since it was read
             picture = None
         pictures.append(AtypicalPicture(one.path, one.score, one.p_value, picture))

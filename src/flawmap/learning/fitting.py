@@ -7,7 +7,7 @@ import logging
 import os
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -53,11 +53,13 @@ class Atypical:
     Attributes:
         path: the file.
         score, p_value: by a method that was not fitted on it, among the other good images.
+        maps: by the same method, as `Inspection.maps`; None but for the few of the highest scores.
     """
 
     path: Path
     score: float
     p_value: float
+    maps: NDArray[np.float32] | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -205,8 +207,9 @@ def fit(
             },
             latents,
             [
-                Atypical(data.paths[good.images[i]], float(good.scores[i]), calibration.p_value(float(good.scores[i])))
+                Atypical(data.paths[image], score, calibration.p_value(score), good.maps.get(image))
                 for i in np.argsort(-good.scores, kind="stable")
+                for image, score in [(good.images[i], float(good.scores[i]))]
             ],
             [[data.paths[i] for i in group] for group in alike],
             data.unreadable,

@@ -17,6 +17,7 @@ from flawmap.errors import FlawmapError, InputError
 from flawmap.imaging.image_files import find_images
 from flawmap.learning.alignment import LOOKED_AT, find_alignment
 from flawmap.learning.data import COLLECTED, Progress, TrainingData, batches, on_device
+from flawmap.learning.highest_maps import HighestMaps
 from flawmap.methods import Method
 from flawmap.methods.blocks.levelling import ENOUGH, FEWEST, GoodMaps
 from flawmap.methods.blocks.smoothing import largest, on_grid
@@ -114,6 +115,7 @@ class GoodScores:
 
     Attributes:
         mode: how they were come by, as `Split.mode`: "crossfit" where "loo" was wanted and cannot be had.
+        maps: (T, H, W) float32 of the windows of the images that score highest, by the same methods as their scores.
         levelling: what the method's `level=auto` decided and by which evidence, one line; None where it is not set.
     """
 
@@ -121,6 +123,7 @@ class GoodScores:
     scores: NDArray[np.float32]
     peaks: NDArray[np.float32]
     mode: str
+    maps: Mapping[int, NDArray[np.float32]]
     levelling: str | None = None
 
 
@@ -162,13 +165,15 @@ def good_scores(
     """
 
     def rated(part: _Part) -> _Rated:
-        peaks = method.enlarge(part.scored[0], part.inside).amax((1, 2, 3)).tolist()
-        return list(zip(part.owners, part.scored[1].tolist(), peaks, strict=True))
+        maps, scores = method.enlarge(part.scored[0], part.inside), part.scored[1].tolist()
+        if method.localises:
+            highest.add(part.owners, scores, maps)
+        return list(zip(part.owners, scores, maps.amax((1, 2, 3)).tolist(), strict=True))
 
     def inspected(part: _Part) -> _Rated:
         return rated(_Part(part.owners, method.levelled(*part.scored, part.inside), part.inside))
 
-    levelling = None
+    levelling, highest = None, HighestMaps()
     with torch.no_grad():
         if method.levelling is not None and level:  # only this needs all maps at once
             parts, mode = _score(method, data, split, seed, device, progress, fit, lambda part: part.to("cpu"))
@@ -183,7 +188,8 @@ def good_scores(
     distinct = {data.digests[image]: image for image in sorted(best, reverse=True)}
     images = sorted(distinct.values())
     peaks_of = np.array([best[image][1] for image in images] if method.localises else [], np.float32)
-    return GoodScores(images, np.array([best[image][0] for image in images], np.float32), peaks_of, mode, levelling)
+    scores = np.array([best[image][0] for image in images], np.float32)
+    return GoodScores(images, scores, peaks_of, mode, highest.of(), levelling)
 
 
 def _score(
