@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -181,12 +182,12 @@ def test_unknown_defect_is_named() -> None:
 
 
 def test_a_full_disk_leaves_no_image_under_its_final_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: Image.Image, target: Path, **_: object) -> None:
-        Path(target).write_bytes(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device", str(target))
+    def fail(self: Image.Image, target: BinaryIO, **_: object) -> None:
+        target.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", fail)
-    with pytest.raises(FlawmapError, match="No space left on device") as caught:
+    with pytest.raises(FlawmapError, match="the disk is full") as caught:
         draw_dataset(tmp_path, "screws", 0, train=1, good=0, per_defect=0, size=64)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.rglob("*.png"))
