@@ -182,7 +182,9 @@ def fit(
             unusual = {good.images[i] for i in np.argsort(-good.scores, kind="stable")[:drop_atypical]}
             images = [i for i in images if i not in unusual]
             if len(images) < 2:
-                raise InputError(f"--drop-atypical {drop_atypical} leaves {counted(len(images), 'image')}: drop fewer")
+                raise FlawmapError(
+                    f"--drop-atypical {drop_atypical} leaves {counted(len(images), 'image')}: drop fewer"
+                )
             method, split, good = learning.learn(images)
         method.forget()
         latents = None
