@@ -112,7 +112,7 @@ def test_a_sample_that_was_killed_is_drawn_again(flawmap, tmp_path, monkeypatch)
 
 
 def failing(monkeypatch, error):
-    def fail(*arguments):
+    def fail(*arguments, **more):
         raise error
 
     monkeypatch.setattr("flawmap.cli.listings.methods_command.callback", fail)

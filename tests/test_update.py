@@ -210,7 +210,7 @@ def test_what_cannot_be_updated_says_so(halves, tmp_path):
         padim().update(halves[1])
     broken = tmp_path / "broken.png"
     broken.write_text("no image")
-    with pytest.raises(FlawmapError, match="none of the 1 images"):
+    with pytest.raises(FlawmapError, match=r"none of what is there can be read \(1 image\)"):
         detector.update([broken])
     with pytest.raises(FlawmapError, match=r"broken\.png"):
         detector.update([broken, *halves[1]], strict=True)

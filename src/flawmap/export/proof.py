@@ -67,9 +67,7 @@ def prove(
     others = [inspector_of(graph, content, engine=name).engine for name in engines]
     inputs = list(model_inputs(images, preparation) if images else _drawn(preparation))
     if not inputs:
-        raise FlawmapError(
-            f"none of {counted(len(images), 'image')} to check by can be read: give another --check folder"
-        )
+        raise FlawmapError(f"no image to check by can be read, of {len(images)}: give another --check folder")
     found: list[list[list[NDArray[np.float32]]]] = []  # of each engine, of each batch, its outputs
     for number in range(0, len(inputs), BATCH):
         part = inputs[number : number + BATCH]

@@ -59,7 +59,9 @@ def update(
         report_unreadable(data.unreadable, strict)
         images = list({kept: i for i, kept in reversed(list(enumerate(data.digests)))}.values())[::-1]
         if not images:
-            raise FlawmapError(f"none of {counted(len(paths), 'image')} in {source} can be read")
+            raise FlawmapError(
+                f"{source}: none of what is there can be read ({counted(len(paths), 'image')}); give other images"
+            )
         good = good_scores(method, data, Split([], images, "holdout"), seed, device, progress, level=False)
         rows = data.rows(images)
         stages = method.further_stages(len(rows))
