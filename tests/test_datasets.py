@@ -366,3 +366,8 @@ def test_a_kind_cannot_forge_a_line_of_the_description(tmp_path):
     lines = find_dataset(tmp_path / "d").describe().splitlines()
     assert lines[2] == r"test: 0 good, 1 defective (scratch\nmasks: all of them 1)"
     assert sum(line.startswith("masks: ") for line in lines) == 1
+
+
+def test_a_root_of_one_category_needs_no_choice(tmp_path):
+    make(tmp_path / "root", "screw/train/good/a.png", "screw/train/good/b.png", "screw/test/good/c.png")
+    assert find_dataset(tmp_path / "root").name == find_dataset(tmp_path / "root", "screw").name == "screw"

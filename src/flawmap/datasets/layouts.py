@@ -58,6 +58,8 @@ def find_dataset(path: Path | str, category: str | None = None) -> Dataset:
             return read_table(root / _VISA_TABLE, category)
         return _read(folder)
     if _layout_of(root) is None and (categories := _categories(root)):
+        if len(categories) == 1:
+            return find_dataset(root, categories[0])
         raise FlawmapError(f"{root}: holds several data sets; choose one category of: {', '.join(categories)}")
     return _read(root)
 
