@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from flawmap.errors import FlawmapError
-from flawmap.files import unwritable
+from flawmap.files import replacing, unwritable
 from flawmap.imaging.own_files import JPEG_MARK, MAP, OVERLAY, SMALL, is_own
 from flawmap.judging.inspection import Inspection
 from flawmap.report.overlays import HeatScale, write_map, write_overlay
@@ -35,11 +34,9 @@ def drawing_names(images: Sequence[tuple[Path, Path]]) -> list[Path]:
     owners: dict[str, set[Path]] = {}
     for (path, _), name in zip(images, plain, strict=True):
         owners.setdefault(str(name).casefold(), set()).add(path)
-    taken = Counter(str(name).casefold() for name in plain)
     names = []
     for (path, _), name in zip(images, plain, strict=True):
-        key = str(name).casefold()
-        alone = taken[key] == 1 or len(owners[key]) == 1
+        alone = len(owners[str(name).casefold()]) == 1
         names.append(name if alone and len(_bytes(name.name)) <= _LONGEST else _told_apart(name, path))
     return names
 
@@ -98,10 +95,8 @@ def write_drawings(
         return
     make_folder(small.parent)
     picture = side_by_side(take_picture(inspection.pixels, inspection, scale))
-    try:
-        Image.fromarray(picture).save(small, format="JPEG", quality=80, comment=JPEG_MARK)
-    except OSError as error:
-        raise unwritable(small, error) from error
+    with replacing(small) as file:
+        Image.fromarray(picture).save(file, format="JPEG", quality=80, comment=JPEG_MARK)
 
 
 def small_picture(folder: Path, name: Path) -> Path:
