@@ -18,7 +18,7 @@ from PIL import Image
 from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
-from flawmap.errors import ImageError
+from flawmap.errors import ImageError, TooManyPixelsError
 from flawmap.imaging.deep_colours import has_deep_colours, read_deep_colours
 from flawmap.imaging.formats import FORMATS, HEAD, format_of, reader_of
 from flawmap.imaging.image_files import open_regular
@@ -83,6 +83,21 @@ def read_image_and_digest(path: Path) -> tuple[NDArray[Any], str]:
         if time.monotonic() > deadline:
             raise ImageError(f"{path}: is still being written; wait until it is whole, or copy it again")
         time.sleep(0.05)
+
+
+def decode_image(content: bytes, name: str) -> NDArray[Any]:
+    """The pixels of an image file's bytes, as `read_image` gives them.
+
+    Args:
+        content: all of the file.
+        name: what an error calls it.
+
+    Raises:
+        TooManyPixelsError: there are more than `PIXEL_LIMIT`; it is not decoded.
+        ImageError: as `read_image`.
+    """
+    with _told(Path(name)):
+        return _decoded(BytesIO(content))
 
 
 def _grows(path: Path, seen: os.stat_result) -> bool:
@@ -178,7 +193,7 @@ def _picture(file: BinaryIO) -> ImageFile:
         raise ImageError(f"is not a {FORMATS} picture; convert it or leave it out")
     image = _open(file, reader_of(kind))
     if image.width * image.height > PIXEL_LIMIT:
-        raise ImageError(
+        raise TooManyPixelsError(
             f"has {image.width * image.height} pixels, over the limit of {PIXEL_LIMIT}; cut it into parts or shrink it"
         )
     frames = 1 if kind == "HEIF" else getattr(image, "n_frames", 1)
@@ -242,7 +257,7 @@ def _told(path: Path) -> Iterator[None]:
     except ImageError as error:
         if str(error).startswith(f"{path}: "):
             raise
-        raise ImageError(f"{path}: {error}") from error
+        raise type(error)(f"{path}: {error}") from error
     except OSError as error:
         if error.errno is None:  # Pillow's own
             raise _undecodable(path, error) from error

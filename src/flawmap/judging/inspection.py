@@ -59,6 +59,7 @@ class Inspection:
         unsure_between: (low, high), scores from low to below high are unsure; None where that was not asked for.
         pixels: those that were judged, (H, W) or (H, W, 3), uint8 or uint16; None where they were not asked for.
         digest: SHA-256, in hexadecimal, of the bytes of the file that was judged; None for an array.
+        statistics: of the capture, see `flawmap.imaging.captures`; None where it could not be read.
     """
 
     path: Path | None
@@ -76,6 +77,7 @@ class Inspection:
     unsure_between: tuple[float, float] | None = None
     pixels: NDArray[Any] | None = field(default=None, repr=False)
     digest: str | None = None
+    statistics: NDArray[np.float64] | None = field(default=None, repr=False)
 
     @cached_property
     def anomaly_map(self) -> NDArray[np.float32] | None:

@@ -137,6 +137,7 @@ class Judge:
         checked: bool = True,
         pixels: NDArray[Any] | None = None,
         digest: str | None = None,
+        statistics: NDArray[np.float64] | None = None,
     ) -> Inspection:
         """The verdict on an image from what came of its T windows: the highest score counts.
 
@@ -148,22 +149,25 @@ class Judge:
             milliseconds: what it took.
             refused: why the capture check refuses it, if so.
             checked: whether that means that it is not judged.
-            pixels, digest: of the image, for whoever wants to show, or to prove, what was judged.
+            pixels, digest, statistics: of the image, for whoever wants to show, or to prove, what was judged.
         """
         score = float(np.max(scores))
+        seen: dict[str, Any] = {
+            "size": placement.size,
+            "refused": refused,
+            "pixels": pixels,
+            "digest": digest,
+            "statistics": statistics,
+        }
         reason = refused if checked else None
         if not np.isfinite(score) or (maps is not None and not bool(np.isfinite(maps).all())):
             reason = "its score is not a finite number"
         if reason is not None:
             told = f"{path or 'the array'}: {reason}"
-            seen: dict[str, Any] = {"size": placement.size, "refused": refused, "pixels": pixels, "digest": digest}
             return Inspection(path, "error", error=told, **seen)
         known: dict[str, Any] = {
-            "refused": refused,
-            "pixels": pixels,
-            "digest": digest,
+            **seen,
             "score": score,
-            "size": placement.size,
             "milliseconds": milliseconds,
             "maps": maps,
             "placement": placement,

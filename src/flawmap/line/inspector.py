@@ -294,6 +294,7 @@ class Inspector:
             checked=self.capture_check,
             pixels=picture.pixels,
             digest=picture.digest,
+            statistics=picture.statistics,
         )
 
 

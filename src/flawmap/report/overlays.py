@@ -125,7 +125,12 @@ def write_overlay(
 
 
 def write_map(path: Path, inspection: Inspection, scale: HeatScale) -> None:
-    """Writes the map as a 16-bit grey PNG on the original pixels: 0 is map value 0, 65535 twice the scale's end.
+    """Writes the map as a 16-bit grey PNG on the original pixels, see `map_levels`."""
+    _write_png(path, Image.fromarray(map_levels(inspection, scale)))
+
+
+def map_levels(inspection: Inspection, scale: HeatScale) -> NDArray[np.uint16]:
+    """The map on the original pixels, uint16 (H, W): 0 is map value 0, 65535 twice the scale's end.
 
     The value of a pixel is `pixel / 65535 * 2 * scale.high`; larger values are clipped, and 0 stands
     where nothing was scored, and where a level map lies below what is usual for the place.
@@ -137,7 +142,7 @@ def write_map(path: Path, inspection: Inspection, scale: HeatScale) -> None:
         rows = slice(start, start + _ROWS)
         share = np.nan_to_num(np.clip(found[rows] / (2 * scale.high), 0, 1), nan=0.0)
         values[rows] = (share * 65535).round()
-    _write_png(path, Image.fromarray(values))
+    return values
 
 
 def _write_png(path: Path, image: Image.Image) -> None:
