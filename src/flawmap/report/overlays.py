@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from flawmap.files import replacing
 from flawmap.imaging.own_files import png_mark
-from flawmap.judging.inspection import Inspection, Region
+from flawmap.judging.inspection import Inspection, Region, find_regions
 
 # Anchors of the heat colours, from just above what good parts show to far beyond it: yellow, orange, red, dark red.
 _COLOURS = np.array([(255, 236, 120), (253, 174, 60), (227, 40, 30), (128, 0, 38)], dtype=np.float32)
@@ -66,16 +66,22 @@ def overlay(pixels: NDArray[Any], inspection: Inspection, scale: HeatScale) -> N
 
 def _heated(picture: NDArray[np.uint8], heat: NDArray[np.float32]) -> NDArray[np.uint8]:
     """Rows (r, W, 3) of a picture with their heat (r, W) laid over them."""
+    colour, opacity = _coloured(heat)
+    laid: NDArray[np.uint8] = (picture * (1 - opacity) + colour * opacity).round().astype(np.uint8)
+    return laid
+
+
+def _coloured(heat: NDArray[np.float32]) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
+    """Colours (r, W, 3), 0 to 255, and opacities (r, W, 1), 0 to 1, of heat (r, W)."""
     position = heat * (len(_COLOURS) - 1)
     index = np.minimum(position.astype(int), len(_COLOURS) - 2)
     part = (position - index)[..., None]
     colour = _COLOURS[index] * (1 - part) + _COLOURS[index + 1] * part
     opacity = _OPACITY * np.minimum(heat[..., None] * 2, 1)  # fades in: nothing has an edge that is not in the map
-    laid: NDArray[np.uint8] = (picture * (1 - opacity) + colour * opacity).round().astype(np.uint8)
-    return laid
+    return colour, opacity
 
 
-def _outline(picture: NDArray[np.uint8], region: Region, width: int, colour: tuple[int, int, int]) -> None:
+def _outline(picture: NDArray[np.uint8], region: Region, width: int, colour: tuple[int, ...]) -> None:
     from scipy import ndimage
 
     left, top = region.box[:2]
@@ -85,6 +91,25 @@ def _outline(picture: NDArray[np.uint8], region: Region, width: int, colour: tup
     rows, columns = rows + top - width, columns + left - width
     inside = (rows >= 0) & (rows < picture.shape[0]) & (columns >= 0) & (columns < picture.shape[1])
     picture[rows[inside], columns[inside]] = colour
+
+
+def heat_layer(
+    values: NDArray[np.float32], scale: HeatScale, *, heat: bool = True, outlines: bool = True, quiet: bool = False
+) -> NDArray[np.uint8]:
+    """What is laid over a picture, uint8 (H, W, 4): the heat of a map (H, W), as opaque as `overlay` lays it, and the
+    outlines of its regions, `quiet` for an image that its score calls good."""
+    layer = np.zeros((*values.shape, 4), np.uint8)
+    if heat:
+        for start in range(0, len(layer), _ROWS):
+            rows = slice(start, start + _ROWS)
+            colour, opacity = _coloured(scale.heat(values[rows]))
+            layer[rows, :, :3] = colour.round()
+            layer[rows, :, 3] = (255 * opacity[..., 0]).round()
+    if outlines:
+        width = max(1, round(max(values.shape) / (600 if quiet else 300)))
+        for region in find_regions(values, (scale.low + scale.high) / 2):  # the pixel threshold, see `HeatScale`
+            _outline(layer, region, width, (*(OVERRULED if quiet else CONTOUR), 255))
+    return layer
 
 
 def captioned(picture: NDArray[np.uint8], inspection: Inspection) -> NDArray[np.uint8]:
