@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import click
 
 from flawmap.cli.options import Finite
+from flawmap.cli.streams import Ended
 from flawmap.errors import FlawmapError
 
 
@@ -100,7 +102,8 @@ def serve_command(
         if keys is None:
             click.echo("no keys: only this machine is served, and whoever is on it may do everything", err=True)
 
-    serve(list(models), options, host, port, started=started)
+    with suppress(Ended, KeyboardInterrupt):  # what it accepted is finished then
+        serve(list(models), options, host, port, started=started)
 
 
 @click.command("key")
