@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -122,12 +122,18 @@ class WordGiven(BaseModel):
     word: Word
 
 
+def _one_of_two(schema: dict[str, Any]) -> None:
+    """Either of the properties, and neither of them null."""
+    for name, kept in schema["properties"].items():
+        number = next(choice for choice in kept.pop("anyOf") if choice.get("type") == "number")
+        schema["properties"][name] = {**number, "title": kept["title"]}
+    schema["oneOf"] = [{"required": [name]} for name in schema["properties"]]
+
+
 class ThresholdGiven(BaseModel):
     """A new threshold: either the share of good parts that it may reject, or its value in the method's units."""
 
-    model_config = ConfigDict(
-        extra="forbid", strict=True, json_schema_extra={"oneOf": [{"required": [n]} for n in ("rate", "value")]}
-    )
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=_one_of_two)
 
     rate: float | None = Field(default=None, gt=0, lt=1)
     value: float | None = Field(default=None, ge=-3e38, le=3e38)
