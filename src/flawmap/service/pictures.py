@@ -119,5 +119,5 @@ def map_of(content: bytes, scale: HeatScale) -> NDArray[np.float32]:
     """Undoes `map_png`, to within its steps: (H, W) float32, in the method's units."""
     with Image.open(BytesIO(content)) as image:
         levels: NDArray[np.float32] = np.asarray(image, dtype=np.float32)
-    levels = levels * np.float32(2 * scale.high / 65535)
-    return levels
+    values: NDArray[np.float32] = levels * np.float32(2 * scale.high / 65535)
+    return values
