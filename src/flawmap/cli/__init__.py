@@ -28,6 +28,7 @@ LAB = (
 VERBS = {
     "train": "Learn from good images and write a model file.",
     "inspect": "Say of each image whether it is good, how sure, and where the flaw is.",
+    "watch": "Judge what comes in folders and from cameras, and keep it in records.",
     "evaluate": "Measure a model on a labelled data set.",
     "validate": "Hold a model against new good images: what it promised, and whether they still look alike.",
     "info": "Say what a model file holds.",

@@ -24,7 +24,7 @@ class Judged:
 
     Attributes:
         inspection: with its digest.
-        content: the bytes that were judged.
+        content: the bytes that were judged; none where there was no picture to judge.
         name: what whoever sent them calls them.
         source: "api", "page", or a watched place.
         owner: whose key it was; empty without keys.
@@ -59,6 +59,7 @@ class Recorder:
         judged: Sequence[Judged],
         asked: Asked | None = None,
         seen: Sequence[Seen] = (),
+        deliveries: Sequence[str] = (),
     ) -> list[InspectionRow]:
         """Commits inspections of one model and one request; they are on the disk when it returns.
 
@@ -66,7 +67,7 @@ class Recorder:
             model: its name.
             inspector: that judged them.
             version: of the threshold that they were judged under.
-            judged, asked, seen: see `Judged`, and `Records.add`.
+            judged, asked, seen, deliveries: see `Judged`, and `Records.add`.
 
         Raises:
             PicturesFullError: the disk of the pictures is full, and records are not to go on without.
@@ -77,7 +78,8 @@ class Recorder:
         rows = []
         for one in judged:
             picture, drawn, stored = None, None, 0
-            if self.keep == "all" or (self.keep == "defects" and one.inspection.verdict != "good"):
+            kept = self.keep == "all" or (self.keep == "defects" and one.inspection.verdict != "good")
+            if kept and one.content:
                 try:
                     picture, drawn, stored = self.pictures.keep(one.content, one.inspection, scale)
                 except PicturesFullError:
@@ -85,9 +87,9 @@ class Recorder:
                         raise
             values = row_of(model, inspector, version, one)
             rows.append({**values, "picture": picture, "map": drawn, "stored": stored})
-        added = self.records.add(rows, asked, seen)
-        if kept := sum(row["stored"] for row in rows):
-            self.pictures.added(kept)
+        added = self.records.add(rows, asked, seen, deliveries)
+        if total := sum(row["stored"] for row in rows):
+            self.pictures.added(total)
         return added
 
 

@@ -13,7 +13,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from flawmap.service.database import asking, now
-from flawmap.service.tables import InspectionRow, RequestRow, SeenRow, ThresholdRow, WordRow
+from flawmap.service.tables import DeliveryRow, InspectionRow, RequestRow, SeenRow, ThresholdRow, WordRow
 
 WORDS = ("good", "defect", "unsure")
 
@@ -97,7 +97,11 @@ class Records:
     # Inspections
 
     def add(
-        self, rows: Sequence[Mapping[str, Any]], asked: Asked | None = None, seen: Sequence[Seen] = ()
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        asked: Asked | None = None,
+        seen: Sequence[Seen] = (),
+        deliveries: Sequence[str] = (),
     ) -> list[InspectionRow]:
         """Keeps inspections, all or none of them.
 
@@ -105,6 +109,7 @@ class Records:
             rows: values of `InspectionRow`, without `id` and `request`.
             asked: the request that they answer, if it may be made again.
             seen: the files that they are of, one for each row, or none at all.
+            deliveries: URLs of webhooks that are to be told of each of them, see `flawmap.service.deliveries`.
 
         Returns:
             The rows as they were kept, in their order.
@@ -136,6 +141,13 @@ class Records:
                                 inspection=one.id,
                             )
                         )
+                    for one in added:
+                        for url in deliveries:
+                            session.add(
+                                DeliveryRow(
+                                    inspection=one.id, url=url, state="waiting", tries=0, due=one.at, error=None
+                                )
+                            )
                     session.commit()
                 except IntegrityError as error:
                     raise RepeatedError from error
@@ -283,6 +295,23 @@ class Records:
                     )
                     found |= {(name, size, changed) for name, size, changed in session.execute(query)}
             return [(file.name, file.size, file.changed) in found for file in files]
+
+        return asking(do)
+
+    def verdict_of(self, file: Seen) -> str | None:
+        """The verdict on a file as it is now; None where it was not judged."""
+
+        def do() -> str | None:
+            with self._session() as session:
+                query = select(InspectionRow.verdict).join(SeenRow, SeenRow.inspection == InspectionRow.id)
+                return session.scalar(
+                    query.where(
+                        SeenRow.source == file.source,
+                        SeenRow.name == file.name,
+                        SeenRow.size == file.size,
+                        SeenRow.changed == file.changed,
+                    )
+                )
 
         return asking(do)
 
