@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flawmap.errors import FlawmapError
+from flawmap.judging.calibration import Threshold
 from flawmap.line.inspector import Inspector
 from flawmap.service.database import DatabaseGoneError
 from flawmap.service.records import Records
@@ -57,6 +58,13 @@ class Host:
         self._seen = self._stamp()
         self._trained = self._loaded()
         self.serving = self._with(self._trained, self._newest())
+
+    @property
+    def trained_threshold(self) -> Threshold:
+        """That of training, which version 0 is."""
+        threshold = self._trained.judge.threshold
+        assert threshold is not None
+        return threshold
 
     def set_threshold(self, *, rate: float | None, value: float | None, by: str) -> Serving:
         """Keeps a new version of the threshold, under which is judged from now on.

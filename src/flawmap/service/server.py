@@ -12,6 +12,7 @@ import uvicorn
 
 from flawmap.errors import FlawmapError
 from flawmap.service.api import create_app
+from flawmap.service.page import mount_page
 from flawmap.service.service import Options, open_service
 
 _GRACE = 30  # seconds that accepted requests have when the service ends
@@ -55,6 +56,7 @@ def serve(
         raise
     logging.getLogger("flawmap.service").setLevel(logging.INFO)
     app = create_app(service, local=local)
+    mount_page(app, service)
     config = uvicorn.Config(
         app,
         log_config=None,
