@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from flawmap.cli.options import MAX_PIXELS
 from flawmap.text import counted, printable
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ _COUNTS = {
 )
 @click.option("--engine", default="auto", show_default=True, help="auto, openvino, onnxruntime or torch.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@MAX_PIXELS
 def evaluate_command(
     model: Path,
     data: Path,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from flawmap.cli.options import MAX_PIXELS
 from flawmap.cli.streams import nobody_reads
 from flawmap.cli.verdict_lines import VerdictLines
 from flawmap.text import printable
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     "--fail-on-defect", is_flag=True, help="Exit with 4 when a defect was found, else with 3 when one is unsure."
 )
 @click.option("--strict", is_flag=True, help="Stop at the first image that cannot be judged.")
+@MAX_PIXELS
 @click.option("--engine", default="auto", show_default=True, help="auto, openvino, onnxruntime or torch.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 def inspect_command(

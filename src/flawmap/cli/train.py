@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from flawmap.cli.options import RATE, SEED, SIDE
+from flawmap.cli.options import MAX_PIXELS, RATE, SEED, SIDE
 from flawmap.cli.say import say, say_all
 
 if TYPE_CHECKING:
@@ -118,6 +118,7 @@ _FEW = 20  # images; fewer do not calibrate
 )
 @click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Report to write.  [default: beside -o]")
 @click.option("--strict", is_flag=True, help="Stop at the first image that cannot be read.")
+@MAX_PIXELS
 def train_command(
     data: Path,
     output: Path | None,

@@ -1,0 +1,185 @@
+"""Pictures of which only pieces are held beside their pixels: read, judged and drawn as any other."""
+
+import io
+import struct
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flawmap.cli import main
+from flawmap.errors import ImageError
+from flawmap.imaging import decoding, pieces
+from flawmap.imaging.decoding import PIXEL_LIMIT, pixel_limit, read_image
+
+RNG = np.random.default_rng(0)
+GREY = RNG.integers(0, 256, (61, 43), dtype=np.uint8)
+COLOUR = RNG.integers(0, 256, (61, 43, 3), dtype=np.uint8)
+DEEP = RNG.integers(0, 4096, (61, 43), dtype=np.uint16)
+
+
+def tiff(pixels, **options):
+    out = io.BytesIO()
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    image.save(out, format="TIFF", **options)
+    return out.getvalue()
+
+
+def saved(pixels, kind, **options):
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, format=kind, **options)
+    return out.getvalue()
+
+
+STRIPS = {"tiffinfo": {278: 7}}
+TURNED = Image.Exif()
+TURNED[274] = 6
+CASES = {
+    "grey-plain": tiff(GREY, **STRIPS),
+    "grey-one-strip": tiff(GREY, tiffinfo={278: 61}),
+    "grey-deflate": tiff(GREY, compression="tiff_adobe_deflate", **STRIPS),
+    "grey-lzw": tiff(GREY, compression="tiff_lzw", **STRIPS),
+    "grey-packbits": tiff(GREY, compression="packbits", **STRIPS),
+    "colour-plain": tiff(COLOUR, **STRIPS),
+    "colour-predicted": tiff(COLOUR, compression="tiff_lzw", tiffinfo={278: 7, 317: 2}),
+    "deep-deflate": tiff(DEEP, compression="tiff_adobe_deflate", **STRIPS),
+    "deep-plain": tiff(DEEP, **STRIPS),
+    "alpha": tiff(Image.fromarray(COLOUR).convert("RGBA"), **STRIPS),
+    "black-and-white": tiff(Image.fromarray(GREY).convert("1"), **STRIPS),
+    "palette": tiff(Image.fromarray(COLOUR).quantize(17), **STRIPS),
+    "white-is-zero": tiff(GREY, tiffinfo={278: 7, 262: 0}),
+    "turned": tiff(GREY, exif=TURNED, **STRIPS),
+    "bmp": saved(COLOUR, "BMP"),
+    "bmp-grey": saved(GREY, "BMP"),
+    "pgm": saved(GREY, "PPM"),
+    "ppm": saved(COLOUR, "PPM"),
+    "ppm-deep": b"P6 43 61 65535\n" + np.dstack([DEEP] * 3).astype(">u2").tobytes(),
+    "png": saved(COLOUR, "PNG"),
+    "png-turned": saved(COLOUR, "PNG", exif=TURNED),
+    "png-deep": saved(DEEP, "PNG"),
+    "jpeg": saved(COLOUR, "JPEG"),
+}
+
+
+@pytest.fixture
+def everything_is_large(monkeypatch):
+    monkeypatch.setattr(decoding, "WHOLE", 100)
+    monkeypatch.setattr(decoding, "_BAND", 500)
+    monkeypatch.setattr(pieces, "_PIECE", 1000)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_large_picture_is_read_as_a_small_one(case, tmp_path, request):
+    path = tmp_path / "picture"
+    path.write_bytes(CASES[case])
+    expected = read_image(path)
+    request.getfixturevalue("everything_is_large")
+    found = read_image(path)
+    assert found.dtype == expected.dtype
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("case", ["grey-plain", "grey-lzw", "deep-deflate", "bmp", "ppm", "png"])
+@pytest.mark.usefixtures("everything_is_large")
+def test_a_large_picture_that_is_cut_off_is_refused(case, tmp_path):
+    path = tmp_path / "picture"
+    path.write_bytes(CASES[case][: len(CASES[case]) // 2])
+    with pytest.raises(ImageError):
+        read_image(path)
+
+
+def tiled(pixels, side=16, compress=bytes):
+    """A TIFF of tiles, which Pillow does not write."""
+    height, width = pixels.shape
+    down, across = -(-height // side), -(-width // side)
+    padded = np.zeros((down * side, across * side), np.uint8)
+    padded[:height, :width] = pixels
+    tiles = [
+        compress(padded[y * side : (y + 1) * side, x * side : (x + 1) * side].tobytes())
+        for y in range(down)
+        for x in range(across)
+    ]
+    count = len(tiles)
+    tags = [(256, width), (257, height), (258, 8), (259, 1 if compress is bytes else 8), (262, 1), (277, 1)]
+    tags += [(322, side), (323, side)]
+    after = 8 + 2 + 12 * (len(tags) + 2) + 4
+    starts = np.cumsum([after + 8 * count, *map(len, tiles)])[:-1].astype("<u4")
+    entry = b"".join(np.array([tag, 4], "<u2").tobytes() + np.array([1, value], "<u4").tobytes() for tag, value in tags)
+    for tag, at in ((324, after), (325, after + 4 * count)):
+        entry += np.array([tag, 4], "<u2").tobytes() + np.array([count, at], "<u4").tobytes()
+    lengths = np.array([len(tile) for tile in tiles], "<u4")
+    head = b"II*\0\x08\0\0\0" + np.array([len(tags) + 2], "<u2").tobytes() + entry + bytes(4)
+    return head + starts.tobytes() + lengths.tobytes() + b"".join(tiles)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_tiles_are_read_row_by_row(compressed, tmp_path, request):
+    import zlib
+
+    path = tmp_path / "picture.tif"
+    path.write_bytes(tiled(GREY, compress=zlib.compress if compressed else bytes))
+    np.testing.assert_array_equal(read_image(path), GREY)
+    request.getfixturevalue("everything_is_large")
+    np.testing.assert_array_equal(read_image(path), GREY)
+
+
+def test_pieces_are_what_is_decoded_of_a_large_tiff(tmp_path, monkeypatch, everything_is_large):
+    """And never the whole: the largest picture that Pillow makes is a piece."""
+    sizes = []
+    load = decoding.TiffImageFile.load
+    monkeypatch.setattr(decoding.TiffImageFile, "load", lambda image: (sizes.append(image.height), load(image))[1])
+    for case in ("grey-plain", "grey-one-strip", "grey-deflate", "grey-lzw", "colour-predicted"):
+        path = tmp_path / case
+        path.write_bytes(CASES[case])
+        read_image(path)
+    assert 0 < max(sizes) <= 23
+
+
+def test_the_limit_can_be_raised_and_names_the_option(tmp_path, monkeypatch):
+    monkeypatch.setattr(decoding._Limit, "pixels", 2000)
+    path = tmp_path / "picture.png"
+    path.write_bytes(CASES["png"])
+    with pytest.raises(ImageError, match=r"over the limit of 2000; .*--max-pixels 2623"):
+        read_image(path)
+    with pixel_limit(2623):
+        assert read_image(path).shape == (61, 43, 3)
+    with pytest.raises(ImageError):
+        read_image(path)
+    before = Image.MAX_IMAGE_PIXELS
+    with pixel_limit(10**9):
+        assert Image.MAX_IMAGE_PIXELS == 10**9
+    assert before == Image.MAX_IMAGE_PIXELS
+
+
+@pytest.mark.parametrize("verb", ["train", "inspect", "evaluate", "validate", "tune"])
+def test_the_option_holds_for_the_verb_alone(verb, monkeypatch, tmp_path):
+    """Every verb that reads images takes it, and what is called afterwards in the process has the old limit."""
+    seen = []
+    monkeypatch.setattr("flawmap.cli.progress.quiet_libraries", lambda: seen.append(decoding._Limit.pixels))
+    places = [str(tmp_path / "a.safetensors"), str(tmp_path)][verb == "train" :]
+    output = ["-o", str(tmp_path / "b.safetensors")] if verb in ("train", "tune") else []
+    monkeypatch.setattr("sys.argv", ["flawmap", verb, *places, *output, "--max-pixels", "300000000"])
+    with pytest.raises(SystemExit):
+        main()
+    assert seen == [300_000_000]
+    assert decoding._Limit.pixels == PIXEL_LIMIT
+
+
+def test_the_pages_of_a_tiff_are_not_counted(tmp_path):
+    """64,000 pages: it is refused for the second."""
+    entries = struct.pack("<HHII", 256, 4, 1, 8) + struct.pack("<HHII", 257, 4, 1, 8)
+    entries += struct.pack("<HHIHxx", 258, 3, 1, 8) + struct.pack("<HHIHxx", 259, 3, 1, 1)
+    entries += struct.pack("<HHIHxx", 262, 3, 1, 1) + struct.pack("<HHII", 273, 4, 1, 8)
+    entries += struct.pack("<HHII", 279, 4, 1, 64)
+    size = 2 + len(entries) + 4
+    directories = [
+        struct.pack("<H", 7) + entries + struct.pack("<I", 72 + (i + 1) * size if i < 63_999 else 0)
+        for i in range(64_000)
+    ]
+    path = tmp_path / "pages.tif"
+    path.write_bytes(b"II*\0" + struct.pack("<I", 72) + bytes(64) + b"".join(directories))
+    start = time.process_time()
+    with pytest.raises(ImageError, match="several pictures"):
+        read_image(path)
+    assert time.process_time() - start < 0.2
