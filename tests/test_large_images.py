@@ -3,15 +3,22 @@
 import io
 import struct
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import ndimage
 
 from flawmap.cli import main
 from flawmap.errors import ImageError
 from flawmap.imaging import decoding, pieces
 from flawmap.imaging.decoding import PIXEL_LIMIT, pixel_limit, read_image
+from flawmap.imaging.geometry import Geometry
+from flawmap.imaging.png import png_of_rows
+from flawmap.judging.inspection import Inspection, Region, find_regions
+from flawmap.report.drawings import write_drawings
+from flawmap.report.overlays import HeatScale, overlay, run_lengths
 
 RNG = np.random.default_rng(0)
 GREY = RNG.integers(0, 256, (61, 43), dtype=np.uint8)
@@ -150,6 +157,98 @@ def test_the_limit_can_be_raised_and_names_the_option(tmp_path, monkeypatch):
     with pixel_limit(10**9):
         assert Image.MAX_IMAGE_PIXELS == 10**9
     assert before == Image.MAX_IMAGE_PIXELS
+
+
+def layout(geometry, size=(173, 211), region=None):
+    return geometry.place(size, (32, 32), roi=region)
+
+
+REGION = np.zeros((173, 211), bool)
+REGION[20:150, 30:200] = True
+LAYOUTS = {
+    "stretch": layout(Geometry()),
+    "tile": layout(Geometry.tile(50, 12)),
+    "tile-within-a-region": layout(Geometry.tile(50, 12), region=REGION),
+    "crop": Geometry.crop(20).place((173, 211), (32, 32)),
+    "keep-aspect": layout(Geometry.keep_aspect()),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_large_map_is_worked_on_in_rows_with_the_same_result(name, tmp_path, monkeypatch):
+    placement = LAYOUTS[name]
+    maps = RNG.random((len(placement.windows), *placement.input_size), np.float32) ** 4
+    pixels = RNG.integers(0, 256, (173, 211, 3), dtype=np.uint8)
+    given = (None, "defect", 1.0, 0.1, 0.5, 0.6, placement.size)
+    scale = HeatScale(0.2, 0.9)
+
+    def drawn(folder):
+        inspection = Inspection(*given, maps=maps, placement=placement, pixels=pixels)
+        write_drawings(tmp_path / folder, Path("part"), inspection, scale)
+        over, values = (np.asarray(Image.open(tmp_path / folder / f"part_{end}.png")) for end in ("overlay", "map"))
+        return inspection, over, values
+
+    one, *pictures = drawn("whole")
+    laid = one.anomaly_map
+    np.testing.assert_array_equal(np.concatenate(list(placement.lay_back_rows(maps))), laid)
+    np.testing.assert_array_equal(pictures[0], overlay(pixels, one, scale))
+    monkeypatch.setattr("flawmap.judging.inspection.LARGE", 1000)
+    monkeypatch.setattr("flawmap.report.pictures.LARGE", 1000)
+    monkeypatch.setattr("flawmap.report.overlays._ROWS", 7)
+    monkeypatch.setattr(Inspection, "anomaly_map", None)  # nobody makes the whole
+    other, *in_rows = drawn("rows")
+    for whole, of_rows in zip(pictures, in_rows, strict=True):
+        np.testing.assert_array_equal(of_rows, whole)
+    assert len(one.regions) > 5
+    assert_same_regions(other.regions, one.regions)
+
+
+def assert_same_regions(found, expected):
+    assert [(r.box, r.area, r.peak) for r in found] == [(r.box, r.area, r.peak) for r in expected]
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one.mask, other.mask)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.4, 0.6])
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_regions_are_the_same_however_the_map_is_cut(share, rows):
+    """Of equal peaks as well, where the order is that of their first pixels."""
+    rng = np.random.default_rng(rows)
+    values = (rng.random((40, 31)) < share).astype(np.float32)
+    values *= rng.integers(1, 4, values.shape)
+    bands = [values[i : i + rows] for i in range(0, 40, rows)]
+    labels, count = ndimage.label(values >= 1, np.ones((3, 3)))
+    found = find_regions(bands, 1)
+    assert_same_regions(found, find_regions([values], 1))
+    assert sum(region.area for region in found) == (values >= 1).sum()
+    peaks = [values[labels == label].max() for label in range(1, count + 1)]
+    boxes = ndimage.find_objects(labels)
+    order = sorted(range(count), key=lambda i: -peaks[i])
+    assert [region.rows_and_columns for region in found] == [boxes[i] for i in order]
+
+
+@pytest.mark.parametrize("share", [0.3, 0.9])
+def test_run_lengths_are_those_of_the_whole_mask(share):
+    for _ in range(50):
+        height, width = RNG.integers(1, 9, 2)
+        mask = np.ones((8, 8), bool) if share > 0.8 else RNG.random((8, 8)) < share
+        mask = mask[:height, :width]
+        left, top = int(RNG.integers(0, 9 - width)), int(RNG.integers(0, 9 - height))
+        region = Region((left, top, left + int(width), top + int(height)), int(mask.sum()), 1.0, mask)
+        whole = np.zeros((8, 8), bool)
+        whole[region.rows_and_columns] = mask
+        counts = run_lengths(region, (8, 8))["counts"]
+        rebuilt = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
+        np.testing.assert_array_equal(rebuilt, whole.ravel(order="F"))
+        assert 0 not in counts[1:]
+
+
+@pytest.mark.parametrize("pixels", [GREY, COLOUR, DEEP], ids=["grey", "colour", "deep"])
+def test_a_png_of_rows_is_a_png(pixels):
+    content = b"".join(png_of_rows(pixels.shape[:2], [pixels[:1], pixels[1:20], pixels[20:]], software="flawmap"))
+    image = Image.open(io.BytesIO(content))
+    assert image.info["Software"] == "flawmap"
+    np.testing.assert_array_equal(np.asarray(image), pixels)
 
 
 @pytest.mark.parametrize("verb", ["train", "inspect", "evaluate", "validate", "tune"])

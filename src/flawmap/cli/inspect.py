@@ -114,10 +114,14 @@ def inspect_command(
     counts = {"good": 0, "defect": 0, "unsure": 0, "error": 0}
     troubles: list[str] = []
     unwritten = overruled = 0
-    kept: list[Inspection] = []
+    regions = None
+    if coco is not None:
+        from flawmap.report.overlays import Coco
+
+        regions = Coco()
     inspections = inspector.stream((path for path, _ in found), keep_pixels=shown is not None)
     try:
-        for number, inspection in enumerate(inspections):
+        for inspection in inspections:
             assert inspection.verdict is not None
             if inspection.verdict == "error":
                 if strict:
@@ -127,25 +131,25 @@ def inspect_command(
             overruled += inspection.overruled
             if shown is not None:
                 try:
-                    shown.draw(number, inspection)
+                    shown.draw(sum(counts.values()) - 1, inspection)
                 except FlawmapError as error:
                     troubles.append(str(error))
                     unwritten += 1
-            if coco is not None:
-                kept.append(inspection.without_map())
+            if regions is not None:
+                regions.add(inspection)
             write(inspection)
+            del inspection  # its pixels and maps, before the next one's are taken
             if shown is None and coco is None and not fail_on_defect and nobody_reads():
                 return 0  # and nothing else was asked for
     finally:
         if shown is not None and (trouble := shown.close(finished=sum(counts.values()) == len(found))):
             troubles.append(trouble)
             unwritten += 1
-    if coco is not None:
+    if coco is not None and regions is not None:
         from flawmap.files import replacing
-        from flawmap.report.overlays import coco as as_coco
 
         with replacing(coco) as file:
-            file.write(json.dumps(as_coco(kept), allow_nan=False).encode())
+            file.write(json.dumps(regions.to_json(), allow_nan=False).encode())
     if overruled:
         some = (
             "1 image is called good though a region of it"
