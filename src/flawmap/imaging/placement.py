@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -72,22 +73,26 @@ class Placement:
 
     def inside(self) -> NDArray[np.bool_]:
         """(T, h, w), True where the centre of a model pixel lies on the image and in the region of interest."""
-        return self._sampled(self.region)
+        return np.stack(list(self.each_inside()))
+
+    def each_inside(self) -> Iterator[NDArray[np.bool_]]:
+        """`inside`, window by window."""
+        return (self._sampled(self.region, window) for window in self.windows)
 
     def project(self, mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """A bool (H, W) mask in the model inputs, by nearest neighbour: (T, h, w), False in the padding."""
-        return self._sampled(mask if self.alignment is None else self.alignment.warp(mask))
+        mask = mask if self.alignment is None else self.alignment.warp(mask)
+        return np.stack([self._sampled(mask, window) for window in self.windows])
 
-    def _sampled(self, mask: NDArray[np.bool_] | None) -> NDArray[np.bool_]:
-        """A mask of the frame in the model inputs, by nearest neighbour; None is True everywhere."""
-        sampled = np.zeros((len(self.windows), *self.input_size), np.bool_)
-        for window, target in zip(self.windows, sampled, strict=True):
-            content = content_slices(window, self.frame, self.input_size)
-            if mask is None:
-                target[content] = True
-            else:
-                cut = cut_window(mask.view(np.uint8), window, self.input_size, Image.Resampling.NEAREST)
-                target[content] = cut[content]
+    def _sampled(self, mask: NDArray[np.bool_] | None, window: Window) -> NDArray[np.bool_]:
+        """A mask of the frame in a model input (h, w), by nearest neighbour; None is True everywhere."""
+        sampled = np.zeros(self.input_size, np.bool_)
+        content = content_slices(window, self.frame, self.input_size)
+        if mask is None:
+            sampled[content] = True
+        else:
+            cut = cut_window(mask.view(np.uint8), window, self.input_size, Image.Resampling.NEAREST)
+            sampled[content] = cut[content]
         return sampled
 
     def lay_back(self, maps: Iterable[NDArray[np.floating[Any]]]) -> NDArray[np.float32]:
@@ -120,8 +125,7 @@ class Placement:
         """The maps on the frame, in bands of rows."""
         rows = _ramps({(w.top, w.bottom) for w in self.windows}, self.frame[0])
         columns = _ramps({(w.left, w.right) for w in self.windows}, self.frame[1])
-        # Whole, so that the masks are made once; a bool array is a quarter of the maps.
-        inside = None if self.region is None else self.inside()
+        insides = repeat(None) if self.region is None else self.each_inside()
         done = 0  # rows
         laid = np.empty((0, self.frame[1]), np.float32)  # the rows from there on that have begun
 
@@ -133,7 +137,7 @@ class Placement:
                 band[~self.region[done:end]] = np.nan
             return band
 
-        for i, (window, values) in enumerate(zip(self.windows, maps, strict=True)):
+        for (window, values), inside in zip(zip(self.windows, maps, strict=True), insides, strict=False):
             down, across = rows[window.top, window.bottom], columns[window.left, window.right]
             if down.pixels.start > done:
                 yield until(down.pixels.start)
@@ -145,7 +149,7 @@ class Placement:
                 np.asarray(values, np.float32),
                 window,
                 (down.pixels, across.pixels),
-                None if inside is None else inside[i],
+                inside,
             )
             target = laid[down.pixels.start - done : down.pixels.stop - done, across.pixels]
             fresh = np.isnan(target)

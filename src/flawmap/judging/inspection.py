@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flawmap.imaging.placement import Placement
+from flawmap.imaging.window_maps import each
 
 LARGE = 1 << 24
 """Pixels; the maps of larger images are worked on in bands of rows."""
@@ -95,14 +96,16 @@ class Inspection:
             return
         height, width = self.placement.size
         if height * width > LARGE and "anomaly_map" not in self.__dict__:
-            yield from self.placement.lay_back_rows(self.maps)
+            yield from self.placement.lay_back_rows(each(self.maps))
         elif self.anomaly_map is not None:
             yield self.anomaly_map
 
     @cached_property
     def regions(self) -> list[Region]:
         """Where the map reaches the pixel threshold, largest peak first."""
-        if self.maps is None or self.pixel_threshold is None or self.maps.max() < self.pixel_threshold:
+        if self.maps is None or self.pixel_threshold is None:
+            return []
+        if max(float(one.max()) for one in each(self.maps)) < self.pixel_threshold:
             return []
         return find_regions(self.map_rows(), self.pixel_threshold)
 
