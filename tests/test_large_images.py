@@ -16,6 +16,10 @@ from flawmap.imaging import decoding, pieces
 from flawmap.imaging.decoding import PIXEL_LIMIT, pixel_limit, read_image
 from flawmap.imaging.geometry import Geometry
 from flawmap.imaging.png import png_of_rows
+from flawmap.imaging.preparation import Preparation
+from flawmap.imaging.preprocessing import Preprocessing
+from flawmap.imaging.reading import read_batches
+from flawmap.imaging.window_maps import WindowMaps, each
 from flawmap.judging.inspection import Inspection, Region, find_regions
 from flawmap.report.drawings import write_drawings
 from flawmap.report.overlays import HeatScale, overlay, run_lengths
@@ -282,3 +286,64 @@ def test_the_pages_of_a_tiff_are_not_counted(tmp_path):
     with pytest.raises(ImageError, match="several pictures"):
         read_image(path)
     assert time.process_time() - start < 0.2
+
+
+def test_many_maps_of_one_image_lie_in_a_file(monkeypatch):
+    monkeypatch.setattr("flawmap.imaging.window_maps.IN_MEMORY", 1000)
+    kept = WindowMaps()
+    assert kept.take() is None
+    for count in (300, 3):  # of one image, and of the next
+        maps = RNG.random((count, 8, 8), np.float32)
+        for one in maps:
+            kept.add(one)
+        taken = kept.take()
+        assert isinstance(taken, np.memmap) == (count == 300)
+        np.testing.assert_array_equal(np.stack(list(each(taken))), maps)
+        np.testing.assert_array_equal(taken, maps)
+
+
+def preparation(geometry):
+    return Preparation(Preprocessing((32, 32), (0.5,) * 3, (0.5,) * 3), (32, 32), geometry)
+
+
+@pytest.mark.parametrize("geometry", [Geometry(), Geometry.tile(40, 10)], ids=str)
+def test_the_image_after_a_large_one_is_read_when_that_one_is_dealt_with(geometry, monkeypatch):
+    """Whose pixels are kept; what comes of them is what comes of small ones."""
+    images = [RNG.integers(0, 256, (90, 100, 3), dtype=np.uint8) for _ in range(5)]
+    prepare = preparation(geometry)
+    expected = list(read_batches(images, prepare, keep_pixels=True))
+    monkeypatch.setattr("flawmap.imaging.reading._LARGE", 1000)
+    taken = []
+
+    def sources():
+        for number, image in enumerate(images):
+            taken.append(number)
+            yield image
+
+    inputs, pictures = [], []
+    for batch in read_batches(sources(), prepare, keep_pixels=True):
+        inputs.append(batch.inputs)
+        pictures += batch.pictures
+        time.sleep(0.05)
+        # The one after has been asked for, and is not read; of tiles, the last batch may be ready too.
+        assert taken[-1] <= len(pictures) + (geometry.kind == "tile")
+        assert len(batch.pictures) <= 1
+    np.testing.assert_array_equal(np.concatenate(inputs), np.concatenate([batch.inputs for batch in expected]))
+    for picture, image in zip(pictures, images, strict=True):
+        np.testing.assert_array_equal(picture.pixels, image)
+
+
+def test_whoever_breaks_off_at_a_large_image_does_not_wait(monkeypatch):
+    monkeypatch.setattr("flawmap.imaging.reading._LARGE", 1000)
+    images = [RNG.integers(0, 256, (90, 100, 3), dtype=np.uint8) for _ in range(5)]
+    batches = read_batches(images, preparation(Geometry()), keep_pixels=True)
+    assert len(next(batches).pictures) == 1
+    batches.close()
+
+
+def test_pixels_kept_of_a_batch_are_bounded(monkeypatch):
+    monkeypatch.setattr("flawmap.imaging.reading._KEPT", 3 * 90 * 100 * 2)
+    images = [RNG.integers(0, 256, (90, 100, 3), dtype=np.uint8) for _ in range(7)]
+    batches = list(read_batches(images, preparation(Geometry()), keep_pixels=True))
+    assert [len(batch.pictures) for batch in batches] == [3, 3, 1]
+    assert [len(batch.pictures) for batch in read_batches(images, preparation(Geometry()))] == [7]

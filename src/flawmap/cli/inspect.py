@@ -12,7 +12,7 @@ import click
 from flawmap.cli.options import MAX_PIXELS
 from flawmap.cli.streams import nobody_reads
 from flawmap.cli.verdict_lines import VerdictLines
-from flawmap.text import printable
+from flawmap.text import counted, printable
 
 if TYPE_CHECKING:
     from flawmap.judging.inspection import Inspection
@@ -151,10 +151,8 @@ def inspect_command(
         with replacing(coco) as file:
             file.write(json.dumps(regions.to_json(), allow_nan=False).encode())
     if overruled:
-        some = (
-            "1 image is called good though a region of it"
-            if overruled == 1
-            else (f"{overruled} images are called good though a region of each")
+        some = counted(
+            overruled, "image is called good though a region of it", "images are called good though a region of each"
         )
         click.echo(f"{some} reaches the map's own threshold: a verdict goes by the image's score", err=True)
     between = f"{counts['unsure']} unsure, " if inspector.judge.unsure else ""
@@ -188,6 +186,7 @@ def find_parts(sources: Sequence[Path], output: Path | None) -> list[tuple[Path,
         FlawmapError: a folder holds no images.
     """
     from flawmap.errors import FlawmapError
+    from flawmap.imaging.formats import FORMATS
     from flawmap.imaging.image_files import search_folder
 
     found: list[tuple[Path, Path]] = []
@@ -203,10 +202,10 @@ def find_parts(sources: Sequence[Path], output: Path | None) -> list[tuple[Path,
         if note := there.note():
             click.echo(f"{printable(source)}: {note}", err=True)
         if inside := len(there.images) - len(parts):
-            some = "1 image in the output folder is" if inside == 1 else f"{inside} images in the output folder are"
+            some = counted(inside, "image in the output folder is", "images in the output folder are")
             click.echo(f"{some} passed over", err=True)
         if not parts:
-            raise FlawmapError(f"{source} holds no images: give a folder or files of JPEG, PNG, BMP, TIFF or WebP")
+            raise FlawmapError(f"{source} holds no images: give a folder or files of {FORMATS}")
         found += [(path, path.relative_to(source)) for path in parts]
     return found
 
