@@ -67,6 +67,7 @@ class Inspector:
         self._mover = mover
         self._warm: set[int] = set()  # batch sizes that the engine has made its kernels for
         self._warming = threading.Lock()
+        self._process = os.getpid()
 
     @classmethod
     def load(
@@ -259,7 +260,17 @@ class Inspector:
         ]
 
     def _prepare(self, count: int) -> None:
-        """One run of a batch size that the engine has not seen: what it compiles then is no image's time."""
+        """One run of a batch size that the engine has not seen: what it compiles then is no image's time.
+
+        Raises:
+            FlawmapError: this is a fork of the process that made the engine, whose threads are not there: it would wait
+                for them for ever.
+        """
+        if os.getpid() != self._process:
+            raise FlawmapError(
+                "the model was loaded before this process was forked, and its engine's threads stayed behind: load it "
+                "in each process, or start processes by spawn"
+            )
         if count in self._warm:
             return
         with self._warming:
