@@ -3,6 +3,7 @@
 import io
 import struct
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -198,13 +199,37 @@ def test_a_large_map_is_worked_on_in_rows_with_the_same_result(name, tmp_path, m
     np.testing.assert_array_equal(pictures[0], overlay(pixels, one, scale))
     monkeypatch.setattr("flawmap.judging.inspection.LARGE", 1000)
     monkeypatch.setattr("flawmap.report.pictures.LARGE", 1000)
-    monkeypatch.setattr("flawmap.report.overlays._ROWS", 7)
+    monkeypatch.setattr("flawmap.report.overlays._PIXELS", 1500)
     monkeypatch.setattr(Inspection, "anomaly_map", None)  # nobody makes the whole
     other, *in_rows = drawn("rows")
     for whole, of_rows in zip(pictures, in_rows, strict=True):
         np.testing.assert_array_equal(of_rows, whole)
     assert len(one.regions) > 5
     assert_same_regions(other.regions, one.regions)
+
+
+def test_what_drawing_takes_does_not_grow_with_the_rows_of_a_large_image(tmp_path, monkeypatch):
+    """Beside its pixels; a map of the whole takes four bytes a pixel, and an overlay three."""
+    for name in ("judging.inspection.LARGE", "report.pictures.LARGE", "report.overlays._PIXELS"):
+        monkeypatch.setattr(f"flawmap.{name}", 1 << 14)
+    monkeypatch.setattr("flawmap.report.pictures._SIDE", 36)
+    peaks = []
+    for height in (700, 2100):
+        size = (height, 600)
+        placement = Geometry.tile(256, 32).place(size, (32, 32))
+        maps = np.zeros((len(placement.windows), 32, 32), np.float32)
+        maps[4, 10:20, 5:15] = 1
+        pixels = np.full(size, 90, np.uint8)
+        given = (None, "defect", 1.0, 0.1, 0.5, 0.6, size)
+        inspection = Inspection(*given, maps=maps, placement=placement, pixels=pixels)
+        tracemalloc.start()
+        try:
+            write_drawings(tmp_path, Path("part"), inspection, HeatScale(0.2, 0.9))
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+        assert len(inspection.regions) == 1
+    assert peaks[1] - peaks[0] < (2100 - 700) * 600
 
 
 def assert_same_regions(found, expected):

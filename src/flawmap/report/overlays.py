@@ -22,7 +22,7 @@ _COLOURS = np.array([(255, 236, 120), (253, 174, 60), (227, 40, 30), (128, 0, 38
 _OPACITY = 0.65
 CONTOUR = (0, 220, 255)
 OVERRULED = (255, 255, 255)  # the outline of regions of an image that its score calls good
-_ROWS = 256  # drawn at a time: a large picture in floating point is many times as large
+_PIXELS = 1 << 18  # drawn at a time: in floating point a picture is a hundred times as large
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,11 @@ def overlay_rows(pixels: NDArray[Any], inspection: Inspection, scale: HeatScale)
 
 
 def _thin(bands: Iterable[NDArray[Any]]) -> Iterator[NDArray[Any]]:
-    """The same rows in bands of at most `_ROWS`."""
+    """The same rows in bands of at most `_PIXELS`, or of one row."""
     for band in bands:
-        for start in range(0, len(band), _ROWS):
-            yield band[start : start + _ROWS]
+        rows = max(1, _PIXELS // band.shape[1])
+        for start in range(0, len(band), rows):
+            yield band[start : start + rows]
 
 
 def _heated(picture: NDArray[np.uint8], heat: NDArray[np.float32]) -> NDArray[np.uint8]:
