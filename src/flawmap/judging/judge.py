@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from flawmap.errors import FlawmapError
 from flawmap.imaging.placement import Placement
+from flawmap.imaging.window_maps import each
 from flawmap.judging.calibration import GUARANTEES, Calibration, Threshold
 from flawmap.judging.inspection import Inspection, Verdict
 from flawmap.ranges import SCORES, finite, rate
@@ -160,7 +161,7 @@ class Judge:
             "statistics": statistics,
         }
         reason = refused if checked else None
-        if not np.isfinite(score) or (maps is not None and not bool(np.isfinite(maps).all())):
+        if not np.isfinite(score) or (maps is not None and not all(np.isfinite(one).all() for one in each(maps))):
             reason = "its score is not a finite number"
         if reason is not None:
             told = f"{path or 'the array'}: {reason}"
