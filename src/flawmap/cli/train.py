@@ -85,7 +85,8 @@ _FEW = 20  # images; fewer do not calibrate
     "--calibration",
     default="auto",
     show_default=True,
-    help="loo (leave one out), holdout, crossfit, or a folder of further good images.",
+    help="loo (leave one out), holdout, crossfit, a folder of further good images, or none: all images are learnt "
+    "from, and there are scores and maps, but no threshold and no verdicts.",
 )
 @click.option("--shots", type=click.IntRange(2), metavar="K", help="Learn from K of the good images, drawn by --seed.")
 @click.option(
@@ -170,6 +171,8 @@ def train_command(
         if click.get_current_context().get_parameter_source("guarantee") is not click.core.ParameterSource.DEFAULT:
             raise click.UsageError("a tail promises nothing: give --tail or --guarantee, not both")
         options["guarantee"] = "tail"
+    if options["calibration"] == "none":
+        _refuse_rates(click.get_current_context())
     if resume and discard:
         raise click.UsageError("give --resume to go on, or --discard to start anew, not both")
     grid = _searched(parse_grid(grids))
@@ -284,6 +287,19 @@ def _drawn(dataset: Dataset, shots: int, *, seed: int, calibration: str, **optio
             shots,
         )
     return drawn
+
+
+def _refuse_rates(context: click.Context) -> None:
+    given = [
+        f"--{name.replace('_', '-')}"
+        for name in ("max_false_reject", "guarantee", "tail")
+        if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
+    ]
+    if given:
+        raise click.UsageError(
+            f"{' and '.join(given)}: without good images to calibrate on no rate can be kept: leave it out, or give "
+            "another --calibration"
+        )
 
 
 _WITH_UPDATE = {"data", "output", "category", "update", "engine", "device", "html", "strict"}

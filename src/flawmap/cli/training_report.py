@@ -19,8 +19,11 @@ def threshold_lines(detector: Detector) -> list[str]:
     from flawmap.errors import FlawmapError
     from flawmap.report.wording import short_path
 
-    rate, calibration, tail = detector.max_false_reject, detector.calibration_, detector.guarantee == "tail"
-    lines = [detector.threshold_.describe()]
+    rate, tail = detector.max_false_reject, detector.guarantee == "tail"
+    calibration, threshold = detector.calibration_, detector.threshold_
+    if calibration is None or threshold is None:
+        return [detector.inspector().judge.describe()]
+    lines = [threshold.describe()]
     if tail:
         lines.append(f"not used: {calibration.threshold(rate).describe_again()}")
     decisive = calibration.decisive(rate, "marginal" if tail else detector.guarantee)
@@ -33,7 +36,7 @@ def threshold_lines(detector: Detector) -> list[str]:
     if not tail:
         try:
             other = calibration.threshold(rate, "tail")
-            text = other.describe() if detector.threshold_.promises else other.describe_again()
+            text = other.describe() if threshold.promises else other.describe_again()
             lines.append(f"not used, --tail keeps it: {text}")
         except FlawmapError as refusal:
             lines.append(f"no threshold from the tail: {refusal}")

@@ -30,10 +30,12 @@ class HeatScale:
     Attributes:
         low: map values up to it stay uncoloured: half of all good images never exceed it.
         high: map values from it on have the last colour.
+        learnt: whether those images were learnt from, so that new good ones may exceed it oftener.
     """
 
     low: float
     high: float
+    learnt: bool = False
 
     @classmethod
     def from_good(cls, peaks: NDArray[np.float32], pixel_threshold: float) -> HeatScale:
@@ -41,6 +43,12 @@ class HeatScale:
         low = float(np.median(peaks))
         reach = max(float(pixel_threshold) - low, 1e-6 * max(abs(low), 1.0))
         return cls(low, low + 2 * reach)
+
+    @classmethod
+    def from_learnt(cls, peaks: NDArray[np.float32]) -> HeatScale:
+        """From the map maxima (n,) of images that were learnt from: the largest lies halfway up the scale."""
+        scale = cls.from_good(peaks, float(peaks.max()))
+        return cls(scale.low, scale.high, learnt=True)
 
     def heat(self, anomaly_map: NDArray[np.float32]) -> NDArray[np.float32]:
         """(H, W) in the method's units -> 0..1; 0 where nothing was scored (NaN)."""
@@ -91,7 +99,9 @@ def captioned(picture: NDArray[np.uint8], inspection: Inspection) -> NDArray[np.
     """With verdict and score in a strip above the picture (H, W, 3)."""
     size = max(11, round(max(picture.shape[:2]) / 36))
     font = ImageFont.load_default(size)
-    words = [str(inspection.verdict), f"score {inspection.score:.4g}", f"threshold {inspection.threshold:.4g}"]
+    words = [f"score {inspection.score:.4g}"]
+    if inspection.verdict is not None:
+        words = [inspection.verdict, *words, f"threshold {inspection.threshold:.4g}"]
     if inspection.overruled:
         words.append("a region is above its own threshold")
     lines: list[str] = []
