@@ -11,6 +11,7 @@ from flawmap import Detector, FlawmapError
 from flawmap.backbones import create_backbone
 from flawmap.backbones.tracing import to_onnx
 from flawmap.imaging.geometry import Geometry
+from flawmap.methods import configure
 from flawmap.methods.blocks.pixel_losses import focal, ssim
 from flawmap.methods.draem import DRAEM, Autoencoder, DRAEMConfig, discriminative, rotated
 from synthetic_batches import batch
@@ -30,7 +31,7 @@ def parameters(network):
 
 
 def test_the_printed_networks_have_as_many_parameters_as_the_authors():
-    paper = DRAEMConfig(**DRAEM.presets["paper"])
+    paper = configure(DRAEM, {}, "paper")
     with torch.device("meta"):
         reconstruct, discriminate = Autoencoder(paper.width), discriminative(paper.width // 2)
         assert reconstruct(torch.empty(2, 3, 256, 256)).shape == (2, 3, 256, 256)
@@ -40,10 +41,11 @@ def test_the_printed_networks_have_as_many_parameters_as_the_authors():
 
 
 def test_the_paper_preset_is_the_printed_schedule():
-    paper = DRAEMConfig(**DRAEM.presets["paper"])
-    printed = {"epochs": 700, "max_steps": 0, "batch_size": 8, "learning_rate": 1e-4, "rotate": 0.3, "clean": 0.5}
+    paper = configure(DRAEM, {}, "paper")
+    printed = {"epochs": 700, "max_steps": 0, "batch_size": 8, "learning_rate": 1e-4, "clean": 0.5}
     assert {name: getattr(paper, name) for name in printed} == printed
-    assert DRAEMConfig(**DRAEM.presets["quick"]) == DRAEMConfig()
+    assert configure(DRAEM, {}, "authors").rotate == 0.3
+    assert configure(DRAEM, {}, "quick") == DRAEMConfig()
 
 
 def test_the_loss_is_the_sum_of_its_three_terms(method):

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from flawmap import Detector
 from flawmap.backbones import create_backbone
 from flawmap.backbones.tracing import to_onnx
+from flawmap.methods import configure
 from flawmap.methods.blocks.encoder_decoder import redraw
 from flawmap.methods.blocks.pixel_losses import focal, ssim
 from flawmap.methods.pouta import POUTA, Guidance, Head, Network, POUTAConfig, vanilla
@@ -15,7 +16,7 @@ from synthetic_batches import batch
 
 LEVELS = ("blocks.4",)
 VARIANTS = ("vanilla", "base", "hsg", "mss", "full")
-PAPER = POUTA.presets["paper"]
+PAPER = POUTA.presets["paper"].settings
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +99,7 @@ def test_the_paper_preset_is_the_printed_schedule():
     paper = POUTAConfig(**PAPER)
     schedule = {"epochs": 600, "max_steps": 0, "batch_size": 8, "learning_rate": 2e-4, "clean": 0.5, "pool": 21}
     assert {name: getattr(paper, name) for name in schedule} == schedule
-    assert POUTAConfig(**POUTA.presets["quick"]) == POUTAConfig()
+    assert configure(POUTA, {}, "quick") == POUTAConfig()
 
 
 @pytest.mark.parametrize("width", [0, 6])

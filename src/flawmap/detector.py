@@ -35,8 +35,9 @@ from flawmap.line import Inspector
 from flawmap.line.engines import Engine, check_engine
 from flawmap.line.evaluating import evaluate_inspector
 from flawmap.line.model_card import ModelCard, check_model_path
-from flawmap.methods import Method, automatic, configure, method_class
+from flawmap.methods import Method, automatic, configure, method_class, preset_of
 from flawmap.methods.checking import check_tensors, try_out
+from flawmap.methods.presets import in_words
 from flawmap.model_file import read_model, write_model
 from flawmap.ranges import SEEDS, SIDES, rate, whole
 from flawmap.report.overlays import HeatScale
@@ -53,10 +54,11 @@ class Detector:
 
     Args:
         method: a name that `flawmap methods` prints, or "auto": "gaussbank", or "patchcore" for tiles.
-        preset: named settings of the method, such as "paper".
-        backbone: any timm model with intermediate features.
+        preset: named settings, such as "paper": of the method, and of the arguments below that are None where one is
+            not given. What is given wins.
+        backbone: any timm model with intermediate features; the embedded one by default.
         weights: a local weight file; None for the embedded weights or timm's hub.
-        image_size: what images (or tiles) are resized to, in pixels: a side or (height, width).
+        image_size: what images (or tiles) are resized to, in pixels: a side or (height, width); 256 by default.
         geometry: which windows of an image become model inputs; the whole image, stretched, by default.
         roi: mask of the region of interest, a file or bool (H, W). Outside it nothing is learnt, scored or drawn.
         register: picture of a part in the pose in which `roi` is drawn; each image is first aligned to it.
@@ -66,13 +68,14 @@ class Detector:
         max_false_reject: the share of good parts that may be rejected.
         guarantee: "marginal", "confidence" or "tail", see `flawmap.judging.calibration`. Where no tail can be fitted to
             the calibration scores, `fit` says so in a warning and takes the threshold of "marginal".
-        calibration: "auto", "loo", "holdout", "crossfit", a folder of further good images, or "none": all images are
-            learnt from, so there are scores and maps, but no threshold, p-values and verdicts.
+        calibration: "auto", the default, "loo", "holdout", "crossfit", a folder of further good images, or "none": all
+            images are learnt from, so there are scores and maps, but no threshold, p-values and verdicts.
         capture_check: whether captures unlike the good images (black, blurred, of another part) are refused: verdict
             "error".
         settings: the method's own.
 
     Attributes:
+        preset: the preset in words, with what was given otherwise; None without one.
         method_: the fitted method.
         calibration_: scores of good images; None with calibration "none".
         threshold_, pixel_threshold_: where images are rejected, with what that promises, and where regions are cut;
@@ -102,9 +105,9 @@ class Detector:
         method: str = "auto",
         *,
         preset: str | None = None,
-        backbone: str = DEFAULT_BACKBONE,
+        backbone: str | None = None,
         weights: str | Path | None = None,
-        image_size: int | tuple[int, int] = 256,
+        image_size: int | tuple[int, int] | None = None,
         geometry: Geometry | None = None,
         roi: str | Path | NDArray[np.bool_] | None = None,
         register: str | Path | None = None,
@@ -113,16 +116,24 @@ class Detector:
         seed: int = 0,
         max_false_reject: float = 0.01,
         guarantee: Literal["marginal", "confidence", "tail"] = "marginal",
-        calibration: str | Path = "auto",
+        calibration: str | Path | None = None,
         capture_check: bool = True,
         **settings: Any,
     ) -> None:
-        self.geometry = geometry or Geometry()
-        self.method = automatic(self.geometry.kind == "tile")[0] if method == "auto" else method
+        tiled = geometry is not None and geometry.kind == "tile"
+        self.method = automatic(tiled)[0] if method == "auto" else method
         self._method_class = method_class(self.method)
-        self.config = configure(self._method_class, settings, preset)
-        self.backbone = backbone
+        own = {"backbone": backbone, "image_size": image_size, "crop": geometry, "calibration": calibration}
+        given = {name: value for name, value in own.items() if value is not None}
+        if geometry is not None and geometry.kind == "crop":
+            given["crop"] = geometry.side
+        kept, other = preset_of(self._method_class, preset).beside({**given, **settings})
+        self.preset = None if preset in (None, "default") else in_words(preset, other)
+        self.config = configure(self._method_class, {**kept.settings, **settings})
+        self.geometry = geometry or Geometry.from_options(crop=int(kept.detector.get("crop", 0)) or None)
+        self.backbone = backbone or kept.detector.get("backbone", DEFAULT_BACKBONE)
         self.weights = weights
+        image_size = int(kept.detector.get("image_size", 256)) if image_size is None else image_size
         sides = image_size if isinstance(image_size, (tuple, list)) else (image_size, image_size)
         if len(sides) != 2:
             raise FlawmapError(f"image_size is {image_size}: give a side, or (height, width)")
@@ -139,7 +150,7 @@ class Detector:
         self.engine = engine
         self.device = _device(device)
         self.seed = whole("--seed", seed, SEEDS)
-        self.calibration = calibration
+        self.calibration = calibration or kept.detector.get("calibration", "auto")
         self.capture_check = capture_check
         self.method_: Method
         self.preparation_: Preparation
@@ -253,7 +264,8 @@ class Detector:
         self.method_ = fitted.method
         self.preparation_ = fitted.preparation
         self.capture_limits_ = fitted.capture_limits
-        self.training_ = {**fitted.training, "capture_check": self.capture_check}
+        named = {} if self.preset is None else {"preset": self.preset}
+        self.training_ = {**fitted.training, "capture_check": self.capture_check, **named}
         self.latents_ = fitted.latents
         self.atypical_ = fitted.atypical
         self.near_duplicates_ = fitted.near_duplicates

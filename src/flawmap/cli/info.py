@@ -30,6 +30,7 @@ def info_command(model: Path) -> None:
         "file": f"{model} ({model.stat().st_size / 1e6:.1f} MB, {known['kind']})",
         "digest": known["digest"] or "not known",
         "method": card.method,
+        "preset": training.get("preset", "none"),
         "settings": ", ".join(f"{key}={value}" for key, value in sorted(card.config.items())),
         "can be moved": ", ".join(known["live"]) or "nothing",
         "backbone": f"{card.backbone}, levels {', '.join(card.levels)}, weights {card.backbone_digest[:12]}",

@@ -157,6 +157,7 @@ class Inspector:
         threshold = self.judge.threshold
         return {
             "method": self.card.method,
+            **({"preset": self.card.training["preset"]} if "preset" in self.card.training else {}),
             "backbone": self.card.backbone,
             "image_size": list(self.card.preparation.image_size),
             "geometry": str(self.card.preparation.geometry),

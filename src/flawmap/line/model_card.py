@@ -107,6 +107,8 @@ class ModelCard:
             if not low < high:
                 raise ValueError("its heat scale has no reach")
             heat = low, high
+        if calibration is None and heat is None and content["localises"]:
+            raise ValueError("it has neither scores of good images nor a scale for its maps")
         kept_rate = rate("max_false_reject", content["max_false_reject"])
         if content["guarantee"] not in GUARANTEES:
             raise ValueError("its guarantee is unknown")

@@ -43,6 +43,7 @@ from flawmap.backbones import Backbone, default_deep_levels, default_levels, lev
 from flawmap.flows import ActNorm, Block, Clamp, Coupling, Flow, Mixing, Separate, Subnet, convolutions
 from flawmap.methods.blocks.smoothing import Enlarge, largest, on_grid
 from flawmap.methods.contract import LevelledConfig, Method, Optimise, Stage, epochs_within
+from flawmap.methods.presets import Preset, read_presets
 
 
 class CAINNFlowConfig(LevelledConfig):
@@ -84,38 +85,11 @@ class CAINNFlowConfig(LevelledConfig):
     sigma: float = Field(4.0, ge=0, le=1000, description="Gaussian smoothing of the map, in input pixels")
 
 
-_PRINTED: dict[str, Any] = {
-    "stride": 4,
-    "deep_levels": (),
-    "feature_norm": True,
-    "scoring": "probability",
-    "score_logdet": 0.0,
-    "image_score": "map",
-    "weights": "equal",
-    "max_steps": 0,
-    "batch_size": 32,
-    "sigma": 0.0,
-}
-
-
 class CAINNFlow(Method):
     """See the module's docstring."""
 
     Config = CAINNFlowConfig
-    presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "paper": {**_PRINTED, "epochs": 750, "learning_rate": 5e-4},
-        "fastflow": {
-            **_PRINTED,
-            "subnet": "CC",
-            "steps": 8,
-            "alternate": True,
-            "two_sided": False,
-            "clamp": "tenth",
-            "bound": 2.0,
-            "epochs": 500,
-            "learning_rate": 1e-3,
-        },
-    }
+    presets: ClassVar[dict[str, Preset]] = read_presets("cainnflow")
     optimises: ClassVar[bool] = True
     config: CAINNFlowConfig
 

@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +44,7 @@ from flawmap.methods.blocks.moments import Moments, whitening_axes
 from flawmap.methods.blocks.patches import fused, sampled
 from flawmap.methods.blocks.smoothing import Enlarge, largest, scored_positions
 from flawmap.methods.contract import Collect, LevelledConfig, Method, Optimise, Stage, epochs_within
+from flawmap.methods.presets import Preset, read_presets
 from flawmap.neighbours import k_nearest, nearest, search_index
 
 _RADIUS_SAMPLE = 4096
@@ -92,23 +93,7 @@ class CFA(Method):
     """See the module's docstring."""
 
     Config = CFAConfig
-    presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "paper": {
-            "whiten": False,
-            "bank": "mean",
-            "gamma_c": 1.0,
-            "gamma_d": 1.0,
-            "scoring": "certainty",
-            "image_score": "map",
-            "radius": 1e-5,
-            "r_mode": "trainable",
-            "alpha": 0.1,
-            "epochs": 30,
-            "max_steps": 0,
-            "positions": 0,
-            "learning_rate": 1e-3,
-        },
-    }
+    presets: ClassVar[dict[str, Preset]] = read_presets("cfa")
     optimises: ClassVar[bool] = True
     config: CFAConfig
 

@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -43,7 +43,6 @@ from flawmap.errors import FlawmapError
 from flawmap.methods.blocks.decoder import Decoder
 from flawmap.methods.blocks.encoder_tuning import EncoderTuning, EncoderTuningConfig
 from flawmap.methods.blocks.position_flows import (
-    PRINTED,
     PositionFlows,
     PositionFlowsConfig,
     on_common_grid,
@@ -51,6 +50,7 @@ from flawmap.methods.blocks.position_flows import (
 )
 from flawmap.methods.blocks.smoothing import Enlarge, largest, on_grid
 from flawmap.methods.contract import Method, Stage
+from flawmap.methods.presets import Preset, read_presets
 
 
 class ClsCnfConfig(EncoderTuningConfig, PositionFlowsConfig):
@@ -76,20 +76,7 @@ class ClsCnf(Method):
     """See the module's docstring."""
 
     Config = ClsCnfConfig
-    presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "paper": {
-            **PRINTED,
-            "stride": 1,
-            "upsampling": "bicubic",
-            "reflect": True,
-            "freeze_epochs": 850,  # 85 of 100 rounds of 10 passes
-            "tune_epochs": 150,
-            "tune_steps": 0,
-            "tune_batch_size": 32,
-            "tune_learning_rate": 1e-4,
-            "sigma": 0.0,
-        },
-    }
+    presets: ClassVar[dict[str, Preset]] = read_presets("cls_cnf")
     optimises: ClassVar[bool] = True
     tunes: ClassVar[bool] = True
     trained_on: ClassVar[frozenset[str]] = frozenset({"texture", "image"})

@@ -25,7 +25,7 @@ pixels the score depends.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -36,6 +36,7 @@ from flawmap.backbones.pyramid import Pyramid
 from flawmap.flows import Block, Coupling, Flow, Mixing, mlp
 from flawmap.methods.blocks.smoothing import Enlarge
 from flawmap.methods.contract import Collect, Config, Method, Optimise, Stage
+from flawmap.methods.presets import Preset, read_presets
 
 _VECTORS = 4096  # that the principal components are made of, or nearly so many
 _BOUND = 3.0  # alpha, the limit of the log-scales
@@ -71,19 +72,7 @@ class DifferNet(Method):
     """See the module's docstring."""
 
     Config = DifferNetConfig
-    presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "paper": {
-            "deepest": True,
-            "rotations": 16,
-            "deviations": False,
-            "components": 0,
-            "hidden": 2048,
-            "layers": 4,
-            "identity": False,
-            "noise": 0.0,
-            "epochs": 192,
-        },
-    }
+    presets: ClassVar[dict[str, Preset]] = read_presets("differnet")
     localises: ClassVar[bool] = False
     optimises: ClassVar[bool] = True
     pools: ClassVar[bool] = True

@@ -19,16 +19,17 @@ score is scaled with the input, from the 256 pixels of the paper.
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from flawmap.methods.blocks.encoder_decoder import Decoder, Encoder, Pair, UNet, bilinear, redraw
 from flawmap.methods.blocks.pixel_losses import focal, mean_inside, ssim
 from flawmap.methods.blocks.reconstruction import Reconstructive, ReconstructiveConfig
+from flawmap.methods.blocks.rotation import turned
+from flawmap.methods.presets import Preset, read_presets
 from flawmap.synthesis import DRAEM as DEFECTS
 
 
@@ -67,10 +68,7 @@ class DRAEM(Reconstructive):
     """See the module's docstring."""
 
     Config = DRAEMConfig
-    presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "quick": {},
-        "paper": {"width": 128, "max_steps": 0, "learning_rate": 1e-4, "rotate": 0.3},
-    }
+    presets: ClassVar[dict[str, Preset]] = {"quick": Preset(), **read_presets("draem")}
     defects = DEFECTS
     printed_size: ClassVar[int] = 256
     config: DRAEMConfig
@@ -98,18 +96,10 @@ def rotated(
     share: float, good: Tensor, defective: Tensor, masks: Tensor, inside: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Some of the images turned by up to 90 degrees, all that belongs to one of them alike; black is what comes in."""
-    count, _, height, width = good.shape
-    angles = (torch.rand(count) * 2 - 1) * (torch.rand(count) < share) * math.pi / 2
-    cos, sin, zero = angles.cos(), angles.sin(), torch.zeros(count)
-    rows = [torch.stack([cos, -sin * height / width, zero], 1), torch.stack([sin * width / height, cos, zero], 1)]
-    grid = F.affine_grid(torch.stack(rows, 1).to(good.device), [count, 3, height, width], align_corners=False)
-
-    def turn(maps: Tensor, mode: str) -> Tensor:
-        return F.grid_sample(maps, grid, mode=mode, align_corners=False)
-
+    angles = (torch.rand(len(good)) * 2 - 1) * (torch.rand(len(good)) < share) * math.pi / 2
     return (
-        turn(good, "bilinear"),
-        turn(defective, "bilinear"),
-        turn(masks, "nearest"),
-        None if inside is None else turn(inside, "nearest"),
+        turned(good, angles, beyond="zeros"),
+        turned(defective, angles, beyond="zeros"),
+        turned(masks, angles, nearest=True, beyond="zeros"),
+        None if inside is None else turned(inside, angles, nearest=True, beyond="zeros"),
     )

@@ -16,7 +16,7 @@ Where this differs from the paper, and the setting that takes the difference bac
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -27,6 +27,7 @@ from flawmap.methods.blocks.position_gaussians import PositionGaussians, triangu
 from flawmap.methods.blocks.position_moments import PositionMoments
 from flawmap.methods.blocks.smoothing import Enlarge, scored_positions
 from flawmap.methods.contract import Collect, LevelledConfig, Method, Stage
+from flawmap.methods.presets import Preset, read_presets
 
 
 class PaDiMConfig(LevelledConfig):
@@ -44,7 +45,7 @@ class PaDiM(Method):
     """See the module's docstring."""
 
     Config = PaDiMConfig
-    presets: ClassVar[dict[str, dict[str, Any]]] = {"paper": {}}
+    presets: ClassVar[dict[str, Preset]] = read_presets("padim")
     updates = True
     positional = True
     config: PaDiMConfig

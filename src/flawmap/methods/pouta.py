@@ -25,7 +25,7 @@ pixels of the paper.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +45,7 @@ from flawmap.methods.blocks.encoder_decoder import (
 from flawmap.methods.blocks.pixel_losses import focal, mean_inside, ssim
 from flawmap.methods.blocks.reconstruction import Reconstructive, ReconstructiveConfig
 from flawmap.methods.contract import Stage
+from flawmap.methods.presets import Preset, read_presets
 from flawmap.synthesis import POUTA as DEFECTS
 
 Gate = Literal["sigmoid", "none"]
@@ -203,10 +204,7 @@ class POUTA(Reconstructive):
     """See the module's docstring."""
 
     Config = POUTAConfig
-    presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "quick": {},
-        "paper": {"width": 64, "head_width": 128, "max_steps": 0, "learning_rate": 2e-4},
-    }
+    presets: ClassVar[dict[str, Preset]] = {"quick": Preset(), **read_presets("pouta")}
     defects = DEFECTS
     printed_size: ClassVar[int] = 224
     config: POUTAConfig

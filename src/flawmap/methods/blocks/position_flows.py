@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -58,21 +58,6 @@ class PositionFlowsConfig(Config):
 
 
 AnyConfig = TypeVar("AnyConfig", bound=PositionFlowsConfig)
-
-PRINTED: dict[str, Any] = {
-    "deep_levels": (),
-    "pool": 1,
-    "whiten": False,
-    "hidden": 2.0,
-    "fibres": 256,
-    "shared_adam": True,
-    "image_score": "map",
-    "epochs": 200,
-    "max_steps": 0,
-    "batch_size": 32,
-    "learning_rate": 2e-4,
-}
-"""The settings of both papers."""
 
 
 def with_levels(config: AnyConfig, backbone: str) -> AnyConfig:
