@@ -108,7 +108,6 @@ def evaluate_command(
         if no_capture_check:
             inspector = inspector.without_capture_check()
         report = evaluate_inspector(inspector, dataset, full_resolution=full_resolution, progress=progress)
-    assert inspector.judge.threshold is not None
     text = json.dumps(report.to_json() | ({} if grid is None else grid.to_json()), indent=2, allow_nan=False)
     if json_file == "-":
         click.echo(text)
@@ -142,8 +141,6 @@ def write_report(path: Path, inspector: Inspector, dataset: Dataset, report: Eva
 
     masks = {sample.path: sample.mask for sample in dataset.test}
     scale = inspector.heat_scale()
-    assert inspector.judge.calibration is not None
-    assert inspector.judge.threshold is not None
     shown = {i: image for i in worth_showing(report) if (image := report.results[i].path) is not None}
     pictures = {}
     for (i, image), inspection in zip(shown.items(), inspector.stream(shown.values()), strict=True):
@@ -193,7 +190,12 @@ def report_table(report: EvaluationReport) -> str:
         spread = "" if interval is None else f"  [{interval[0]:.3f}, {interval[1]:.3f}]"
         lines.append(f"{title:<{max(map(len, _TITLES.values()))}} {shown:>6}{spread}")
     lines.append("")
-    always = ("images", "rejected", "errors", *(("on_defect",) if report.counted("located") else ()))
+    always = (
+        "images",
+        *(("rejected",) if report.decides else ()),
+        "errors",
+        *(("on_defect",) if report.counted("located") else ()),
+    )
     heads = {column: head for column, head in _COUNTS.items() if column in always or report.counted(column)}
     width = max(len(printable(kind)) for kind in report.kinds)
     lines.append("  ".join([f"{'kind':<{width}}", *heads.values()]))

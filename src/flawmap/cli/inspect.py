@@ -103,15 +103,18 @@ def inspect_command(
     elif max_false_reject is not None or guarantee is not None or tail or unsure:
         rate = inspector.judge.max_false_reject if max_false_reject is None else max_false_reject
         inspector = inspector.with_threshold(max_false_reject=rate, guarantee=guarantee, tail=tail, unsure=unsure)
-    assert inspector.judge.threshold is not None
+    if fail_on_defect and inspector.judge.threshold is None:
+        raise FlawmapError("--fail-on-defect needs verdicts, and the model has no threshold: give --threshold")
     write = VerdictLines(form, max(len(printable(path)) for path, _ in found), inspector.digest)
     click.echo(inspector.judge.describe(), err=True)
     if not inspector.card.localises and (output is not None or coco is not None):
         click.echo(
             f"flawmap: {inspector.card.method} says nothing of where a flaw is: no heatmaps and regions", err=True
         )
+    elif inspector.judge.pixel_threshold is None and coco is not None:
+        click.echo("flawmap: regions need a calibration, which the model lacks: the COCO file has none", err=True)
     shown = None if output is None else Shown(output, model, inspector, found, caption)
-    counts = {"good": 0, "defect": 0, "unsure": 0, "error": 0}
+    counts = {"good": 0, "defect": 0, "unsure": 0, "error": 0, None: 0}
     troubles: list[str] = []
     unwritten = overruled = 0
     regions = None
@@ -122,7 +125,6 @@ def inspect_command(
     inspections = inspector.stream((path for path, _ in found), keep_pixels=shown is not None)
     try:
         for inspection in inspections:
-            assert inspection.verdict is not None
             if inspection.verdict == "error":
                 if strict:
                     raise FlawmapError(str(inspection.error))
@@ -156,7 +158,10 @@ def inspect_command(
         )
         click.echo(f"{some} reaches the map's own threshold: a verdict goes by the image's score", err=True)
     between = f"{counts['unsure']} unsure, " if inspector.judge.unsure else ""
-    click.echo(f"{counts['good']} good, {counts['defect']} defect, {between}{counts['error']} not judged", err=True)
+    verdicts = f"{counts['good']} good, {counts['defect']} defect, {between}"
+    if inspector.judge.threshold is None:
+        verdicts = f"{counts[None]} scored, "
+    click.echo(f"{verdicts}{counts['error']} not judged", err=True)
     for trouble in troubles:
         click.echo(f"flawmap: {printable(trouble)}", err=True)
     return exit_code(

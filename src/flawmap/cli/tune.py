@@ -72,5 +72,5 @@ def tune_command(
         tuned, tuning = tune(detector, dataset, grid=grid or None, seed=seed, oracle=oracle, progress=progress)
     tuned.save(output)
     say_all(tuning.describe())
-    say_all(tuned.threshold_.describe())
+    say_all(tuned.inspector().judge.describe())
     say(f"wrote {output}")

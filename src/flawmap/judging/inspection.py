@@ -50,8 +50,8 @@ class Inspection:
     Attributes:
         path: the file; None for an array.
         verdict: "defect" where score >= threshold, else "good"; "unsure" between two thresholds, only where that was
-            asked for; "error" where it could not be judged; None where the detector is not calibrated, after
-            `with_settings(calibrate=False)`.
+            asked for; "error" where it could not be judged; None where there is no threshold: after
+            `with_settings(calibrate=False)`, and of a detector fitted with calibration "none".
         score: raw, in the method's own units, higher is more abnormal. None with "error".
         p_value: the share of good images expected to score as high; None with "error" and where there is no verdict.
         threshold, pixel_threshold: what score and map were held against.

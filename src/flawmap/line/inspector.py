@@ -146,16 +146,20 @@ class Inspector:
         return other
 
     def heat_scale(self) -> HeatScale | None:
-        """What heatmap colours mean, from good images alone; None for methods without a map, or before calibration."""
-        if self.judge.calibration is None or self.judge.pixel_threshold is None:
-            return None
-        return HeatScale.from_good(self.judge.calibration.peaks, self.judge.pixel_threshold)
+        """What heatmap colours mean; None for methods without a map, or before calibration.
+
+        It comes from good images that were not learnt from, or, where all were, from those: new good images may glow.
+        """
+        if self.judge.calibration is not None and self.judge.pixel_threshold is not None:
+            return HeatScale.from_good(self.judge.calibration.peaks, self.judge.pixel_threshold)
+        return None if self.card.heat is None else HeatScale(*self.card.heat, learnt=True)
 
     def settings(self) -> dict[str, Any]:
         """What made this inspector, as reports show it."""
         threshold = self.judge.threshold
         return {
             "method": self.card.method,
+            **({"preset": self.card.training["preset"]} if "preset" in self.card.training else {}),
             "backbone": self.card.backbone,
             "image_size": list(self.card.preparation.image_size),
             "geometry": str(self.card.preparation.geometry),

@@ -32,10 +32,12 @@ class HeatScale:
     Attributes:
         low: map values up to it stay uncoloured: half of all good images never exceed it.
         high: map values from it on have the last colour.
+        learnt: whether those images were learnt from, so that new good ones may exceed it oftener.
     """
 
     low: float
     high: float
+    learnt: bool = False
 
     @classmethod
     def from_good(cls, peaks: NDArray[np.float32], pixel_threshold: float) -> HeatScale:
@@ -43,6 +45,12 @@ class HeatScale:
         low = float(np.median(peaks))
         reach = max(float(pixel_threshold) - low, 1e-6 * max(abs(low), 1.0))
         return cls(low, low + 2 * reach)
+
+    @classmethod
+    def from_learnt(cls, peaks: NDArray[np.float32]) -> HeatScale:
+        """From the map maxima (n,) of images that were learnt from: the largest lies halfway up the scale."""
+        scale = cls.from_good(peaks, float(peaks.max()))
+        return cls(scale.low, scale.high, learnt=True)
 
     def heat(self, anomaly_map: NDArray[np.float32]) -> NDArray[np.float32]:
         """(H, W) in the method's units -> 0..1; 0 where nothing was scored (NaN)."""
@@ -133,11 +141,13 @@ def heat_layer(
     outlines of its regions, `quiet` for an image that its score calls good."""
     layer = np.zeros((*values.shape, 4), np.uint8)
     if heat:
-        for start in range(0, len(layer), _ROWS):
-            rows = slice(start, start + _ROWS)
-            colour, opacity = _coloured(scale.heat(values[rows]))
-            layer[rows, :, :3] = colour.round()
-            layer[rows, :, 3] = (255 * opacity[..., 0]).round()
+        start = 0
+        for band in _thin([values]):
+            colour, opacity = _coloured(scale.heat(band))
+            rows = layer[start : start + len(band)]
+            rows[..., :3] = colour.round()
+            rows[..., 3] = (255 * opacity[..., 0]).round()
+            start += len(band)
     if outlines:
         width = max(1, round(max(values.shape) / (600 if quiet else 300)))
         for region in find_regions([values], (scale.low + scale.high) / 2):  # the pixel threshold, see `HeatScale`
@@ -154,7 +164,9 @@ def _caption(picture: tuple[int, ...], inspection: Inspection) -> NDArray[np.uin
     """A strip that tells verdict and score, (h, W, 3), for a picture of (height, width)."""
     size = max(11, round(max(picture) / 36))
     font = ImageFont.load_default(size)
-    words = [str(inspection.verdict), f"score {inspection.score:.4g}", f"threshold {inspection.threshold:.4g}"]
+    words = [f"score {inspection.score:.4g}"]
+    if inspection.verdict is not None:
+        words = [inspection.verdict, *words, f"threshold {inspection.threshold:.4g}"]
     if inspection.overruled:
         words.append("a region is above its own threshold")
     lines: list[str] = []
