@@ -62,6 +62,20 @@ def test_the_tutorial_and_then_the_api_run_as_shown(folder):
     assert '"version":1' in told
 
 
+def test_the_readme_shows_python_that_runs(folder):
+    """After the tutorial, whose boards are those of the README."""
+    assert (folder / "boards.onnx").is_file()
+    (folder / "parts").symlink_to("drawn", target_is_directory=True)
+    blocks = re.findall(r"^```python\n(.*?)^```", (DOCS.parent / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    whole = [block for block in blocks if block.startswith("from flawmap")]
+    assert len(whole) == 2
+    for block in whole:
+        ran = subprocess.run([sys.executable, "-c", block], cwd=folder, capture_output=True, text=True, timeout=600)
+        assert ran.returncode == 0, ran.stderr
+        verdict, *_ = ran.stdout.split()
+        assert verdict == "defect", ran.stdout
+
+
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd is not installed")
 def test_the_unit_is_understood_by_systemd(tmp_path):
     unit = (DOCS / "flawmap.service").read_text()
