@@ -251,17 +251,17 @@ UNREADABLE = {
     "corrupt.bmp": (lambda part: saved(part, "BMP")[:20] + b"\xff" * 500, "", ""),
     "animated.png": (
         lambda part: saved(part, "PNG", save_all=True, append_images=[part.rotate(90)]),
-        "holds 2 pictures",
+        "holds several pictures",
         "save each to its own file",
     ),
     "animated.webp": (
         lambda part: saved(part, "WEBP", save_all=True, append_images=[part.rotate(90)]),
-        "holds 2 pictures",
+        "holds several pictures",
         "save each to its own file",
     ),
     "pages.tif": (
         lambda part: saved(part, "TIFF", save_all=True, append_images=[part]),
-        "holds 2 pictures",
+        "holds several pictures",
         "save each to its own file",
     ),
     "float.tif": (lambda part: saved(part.convert("F"), "TIFF"), "floating-point", "save it as 8- or 16-bit"),
