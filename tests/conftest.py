@@ -1,4 +1,10 @@
+import os
+import shutil
+import signal
+import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -6,10 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
+from debian_packages import brought_by, find_postgresql
 from flawmap import Detector
 from flawmap.cli import main
 from flawmap.datasets.drawn import draw_dataset
 from flawmap.export import export
+from watching_processes import free_port
 
 SIZE = 128
 
@@ -67,6 +75,46 @@ def exported_live(live, live_file, drawn) -> Path:
     path = live_file.with_suffix(".onnx")
     export(live, path, check=drawn / "test" / "good")
     return path
+
+
+@pytest.fixture(scope="session")
+def line_model(padim, tmp_path_factory) -> Path:
+    """An exported file that judges quickly."""
+    path = tmp_path_factory.mktemp("line") / "screws.onnx"
+    export(padim, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def postgresql_url():
+    """A database of a PostgreSQL server that is started for the tests and deleted after them."""
+    programs = brought_by("postgresql", find_postgresql)
+    folder, port = Path(tempfile.mkdtemp(prefix="flawmap-postgresql-")), free_port()
+    # It refuses to run as root.
+    as_user = {"user": "postgres", "group": "postgres", "extra_groups": []} if os.geteuid() == 0 else {}
+    if as_user:
+        shutil.chown(folder, "postgres", "postgres")
+    server = None
+    try:
+        make = [programs / "initdb", "-D", folder / "data", "-U", "flawmap", "-A", "trust", "-E", "UTF8", "--no-sync"]
+        subprocess.run(make, check=True, capture_output=True, cwd=folder, timeout=120, **as_user)
+        options = ("listen_addresses=127.0.0.1", f"port={port}", "fsync=off", "unix_socket_directories=")
+        settings = [part for option in options for part in ("-c", option)]
+        with (folder / "log").open("wb") as log:
+            command = [programs / "postgres", "-D", folder / "data", *settings]
+            server = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, **as_user)
+        ready = [programs / "pg_isready", "-q", "-h", "127.0.0.1", "-p", str(port)]
+        deadline = time.monotonic() + 60
+        while subprocess.run(ready, check=False).returncode != 0:
+            if server.poll() is not None or time.monotonic() > deadline:
+                pytest.fail(f"PostgreSQL does not start: {(folder / 'log').read_text()[-2000:]}")
+            time.sleep(0.1)
+        yield f"postgresql://flawmap@127.0.0.1:{port}/postgres"
+    finally:
+        if server is not None:
+            server.send_signal(signal.SIGINT)
+            server.wait(30)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

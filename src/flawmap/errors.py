@@ -36,6 +36,10 @@ class ImageError(InputError):
     """One image (or mask) that cannot be judged. A run over many images goes on without it."""
 
 
+class TooManyPixelsError(ImageError):
+    """A picture that is refused before it is decoded, for its size."""
+
+
 def lab_is_missing(what: str, error: ModuleNotFoundError) -> FlawmapError:
     """For what needs the lab where it is not installed."""
     return FlawmapError(f"{what} needs the lab, and {error.name} is not installed: pip install 'flawmap[train]'")

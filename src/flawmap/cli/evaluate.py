@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from flawmap.cli.options import MAX_PIXELS
 from flawmap.text import counted, printable
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ _COUNTS = {
 )
 @click.option("--engine", default="auto", show_default=True, help="auto, openvino, onnxruntime or torch.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@MAX_PIXELS
 def evaluate_command(
     model: Path,
     data: Path,
@@ -168,13 +170,13 @@ def remarks(report: EvaluationReport) -> list[str]:
         )
     if refused := report.counted("refused"):
         defective = sum(judged.refused and judged.defective for judged in report.results)
-        images = "1 image is" if refused == 1 else f"{refused} images are"
+        images = counted(refused, "image is", "images are")
         lines.append(
             f"{images} refused by the capture check ({refused - defective} good, {defective} defective): their scores "
             "count in all figures; they are called neither good nor defects. --no-capture-check judges them"
         )
     if report.without_mask:
-        images = "1 defective image has" if report.without_mask == 1 else f"{report.without_mask} defective images have"
+        images = counted(report.without_mask, "defective image has", "defective images have")
         lines.append(f"{images} no mask and count in no pixel figure")
     return lines
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from flawmap.cli.options import RATE, SEED, SIDE
+from flawmap.cli.options import MAX_PIXELS, RATE, SEED, SIDE
 from flawmap.cli.say import say, say_all
 
 if TYPE_CHECKING:
@@ -120,7 +120,16 @@ _FEW = 20  # images; fewer do not calibrate
     help="Start anew: delete what an interrupted training of the same output left, and leave nothing on Ctrl-C.",
 )
 @click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Report to write.  [default: beside -o]")
+@click.option(
+    "--json",
+    "findings",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write what training found, for programs: the threshold, and the good images, the most unusual first.",
+)
 @click.option("--strict", is_flag=True, help="Stop at the first image that cannot be read.")
+@click.option("--progress-file", type=click.Path(path_type=Path, dir_okay=False), hidden=True)
+@MAX_PIXELS
 def train_command(
     data: Path,
     output: Path | None,
@@ -140,7 +149,9 @@ def train_command(
     resume: bool,
     discard: bool,
     html: Path | None,
+    findings: Path | None,
     strict: bool,
+    progress_file: Path | None,
     tail: bool,
     **options: Any,
 ) -> None:
@@ -160,13 +171,15 @@ def train_command(
         say_what_is_replaced,
     )
     from flawmap.cli.progress import ProgressLines, quiet_libraries
-    from flawmap.cli.training_report import notes, threshold_lines, write_report
+    from flawmap.cli.training_report import notes, threshold_lines, write_findings, write_report
 
     quiet_libraries()
     output = output or default_model(data, category)
     check_model_output(output)
     html = html or beside(output)
     check_output(html, "--html")
+    if findings is not None:
+        check_output(findings, "--json")
     if (grids or oracle) and not tune:
         raise click.BadParameter("chooses nothing without --tune", param_hint="--grid" if grids else "--oracle")
     if tail:
@@ -184,7 +197,7 @@ def train_command(
 
     dataset = find_dataset(data, category)
     given = [options[name] for name in ("weights", "roi", "register") if options[name] is not None]
-    check_outputs({"-o": output, "--html": html}, [*map(Path, given), *files_of(dataset)])
+    check_outputs({"-o": output, "--html": html, "--json": findings}, [*map(Path, given), *files_of(dataset)])
     check_outputs({"--html": html}, [update])  # a model may be updated in its place
     say_what_is_replaced(output)
     say_all(dataset.describe())
@@ -206,7 +219,7 @@ def train_command(
 
     tuning = None
     workspace = output.with_name(output.name + ".training")
-    with ProgressLines() as progress, _discarding(workspace) if discard else nullcontext():
+    with ProgressLines(progress_file) as progress, _discarding(workspace) if discard else nullcontext():
         told: dict[str, Any] = {
             "strict": strict,
             "progress": progress,
@@ -230,6 +243,8 @@ def train_command(
             say(detector.training_["levelling"])
         progress("report", 0, 1)
         write_report(html, detector, dataset)
+        if findings is not None:
+            write_findings(findings, detector)
     if tuning is not None:
         say_all(tuning.describe())
     for line in [*threshold_lines(detector), *notes(detector, update is not None)]:
@@ -295,6 +310,20 @@ def _drawn(dataset: Dataset, shots: int, seed: int, calibration: str) -> Dataset
     return drawn
 
 
+_WITH_UPDATE = {
+    "data",
+    "output",
+    "category",
+    "update",
+    "engine",
+    "device",
+    "html",
+    "strict",
+    "findings",
+    "progress_file",
+}
+
+
 def _refuse_rates(context: click.Context) -> None:
     given = [
         f"--{name.replace('_', '-')}"
@@ -306,9 +335,6 @@ def _refuse_rates(context: click.Context) -> None:
             f"{' and '.join(given)}: without good images to calibrate on no rate can be kept: leave it out, or give "
             "another --calibration"
         )
-
-
-_WITH_UPDATE = {"data", "output", "category", "update", "engine", "device", "html", "strict"}
 
 
 def _refuse_beside_update(context: click.Context) -> None:

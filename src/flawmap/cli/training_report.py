@@ -79,6 +79,29 @@ def _unlearnt(one: Atypical, inspection: Inspection) -> Inspection:
     )
 
 
+def write_findings(path: Path, detector: Detector) -> None:
+    """What training found, in JSON."""
+    import json
+    import os
+
+    from flawmap.files import replacing
+
+    threshold = detector.threshold_
+    content = {
+        "method": detector.method,
+        "threshold": None if threshold is None else threshold.value,
+        "false_reject_rate": None if threshold is None else threshold.rate,
+        "guarantee": None if threshold is None else threshold.guarantee,
+        "told": "" if threshold is None else threshold.describe(),
+        "unusual": [
+            {"path": os.fspath(one.path), "score": one.score, "p_value": one.p_value} for one in detector.atypical_
+        ],
+        "left_out": [str(error) for error in detector.left_out_],
+    }
+    with replacing(path) as file:
+        file.write(json.dumps(content, indent=1).encode())
+
+
 def write_report(path: Path, detector: Detector, dataset: Dataset) -> None:
     """The page that training ends with."""
     from flawmap.datasets.duplicates import in_train_and_test

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -59,11 +60,15 @@ def hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in _OF_FILE_SERVERS
 
 
-def search_folder(folder: Path) -> Found:
+def search_folder(folder: Path, without: Collection[Path] = ()) -> Found:
     """The image files below a folder, by suffix, or by content where they have none; and what else there is.
 
     Links to folders are followed, each real folder once. Hidden files and folders, and those of file servers, are left
     out and not counted. Heatmaps and maps that flawmap wrote are left out and counted.
+
+    Args:
+        folder: the folder.
+        without: folders that are not looked into, wherever links lead to them.
 
     Raises:
         FlawmapError: a folder cannot be listed.
@@ -77,7 +82,7 @@ def search_folder(folder: Path) -> Found:
     found: list[Path] = []
     passed_over: Counter[str] = Counter()
     own = 0
-    seen: set[str] = set()
+    seen = {os.path.realpath(path) for path in without}
     for parent, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
         real = os.path.realpath(parent)
         if real in seen:

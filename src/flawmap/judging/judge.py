@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from flawmap.errors import FlawmapError
 from flawmap.imaging.placement import Placement
+from flawmap.imaging.window_maps import each
 from flawmap.judging.calibration import GUARANTEES, Calibration, Threshold, uncalibrated
 from flawmap.judging.inspection import Inspection, Verdict
 from flawmap.ranges import SCORES, finite, rate
@@ -145,6 +146,7 @@ class Judge:
         checked: bool = True,
         pixels: NDArray[Any] | None = None,
         digest: str | None = None,
+        statistics: NDArray[np.float64] | None = None,
     ) -> Inspection:
         """The verdict on an image from what came of its T windows: the highest score counts.
 
@@ -156,22 +158,25 @@ class Judge:
             milliseconds: what it took.
             refused: why the capture check refuses it, if so.
             checked: whether that means that it is not judged.
-            pixels, digest: of the image, for whoever wants to show, or to prove, what was judged.
+            pixels, digest, statistics: of the image, for whoever wants to show, or to prove, what was judged.
         """
         score = float(np.max(scores))
-        reason = refused if checked else None
-        if not np.isfinite(score) or (maps is not None and not bool(np.isfinite(maps).all())):
-            reason = "its score is not a finite number"
-        if reason is not None:
-            told = f"{path or 'the array'}: {reason}"
-            seen: dict[str, Any] = {"size": placement.size, "refused": refused, "pixels": pixels, "digest": digest}
-            return Inspection(path, "error", error=told, **seen)
-        known: dict[str, Any] = {
+        seen: dict[str, Any] = {
+            "size": placement.size,
             "refused": refused,
             "pixels": pixels,
             "digest": digest,
+            "statistics": statistics,
+        }
+        reason = refused if checked else None
+        if not np.isfinite(score) or (maps is not None and not all(np.isfinite(one).all() for one in each(maps))):
+            reason = "its score is not a finite number"
+        if reason is not None:
+            told = f"{path or 'the array'}: {reason}"
+            return Inspection(path, "error", error=told, **seen)
+        known: dict[str, Any] = {
+            **seen,
             "score": score,
-            "size": placement.size,
             "milliseconds": milliseconds,
             "maps": maps,
             "placement": placement,

@@ -1,0 +1,54 @@
+"""What asks cameras for a picture: the key Enter, or an HTTP request of this machine."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import TextIO
+
+from flawmap.errors import FlawmapError
+
+
+def on_enter(stream: TextIO, trigger: Callable[[], None]) -> None:
+    """Triggers at each line of a stream, in a thread of its own, until it ends."""
+
+    def read() -> None:
+        for _ in stream:
+            trigger()
+
+    threading.Thread(target=read, name="enter", daemon=True).start()
+
+
+def on_http(port: int, trigger: Callable[[], None]) -> ThreadingHTTPServer:
+    """Triggers at each POST to a port of the loopback interface; it is answered with 202 at once.
+
+    Returns:
+        The server, to be closed by its `shutdown` and `server_close`.
+
+    Raises:
+        FlawmapError: the port is taken.
+    """
+
+    class Handler(BaseHTTPRequestHandler):
+        timeout = 10
+
+        def do_POST(self) -> None:
+            if self.headers.get("Origin") is not None:  # a page in a browser is no controller
+                self.send_error(403)
+                return
+            trigger()
+            self.send_response(202)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *arguments: object) -> None:
+            """Nothing is printed."""
+
+    try:
+        server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    except OSError as error:
+        raise FlawmapError(f"--trigger-port {port} cannot be used ({error.strerror}): choose another port") from error
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, name="trigger", daemon=True).start()
+    return server
