@@ -15,7 +15,7 @@ from flawmap.line.validating import validate
 from flawmap.report.charts import ScoreRow, score_histograms
 from flawmap.report.overlays import HeatScale
 from flawmap.tuning.live import tune
-from flawmap.tuning.oracle import oracle_grid
+from flawmap.tuning.oracle import oracle_grid, oracle_table
 
 SIZE = 64
 
@@ -129,8 +129,18 @@ def test_settings_that_are_left_open_move_all_the_same(moving, drawn, tmp_path):
 
 
 def test_the_oracle_has_no_need_of_a_calibration(moving, drawn, monkeypatch):
-    monkeypatch.setattr(type(moving.method_), "searched", {"alpha": (0.0, 1.0), "beta": (1.0,)})
-    assert len(oracle_grid(moving, drawn).figures) == 2
+    monkeypatch.setattr(type(moving.method_), "searched", {"alpha": (0.1, 1.0), "beta": (0.4, 1.0)})
+    chosen = []
+    monkeypatch.setattr(type(moving.method_), "reselect", lambda method, among: chosen.append(method.config.alpha))
+    grid = oracle_grid(moving, drawn)
+    assert chosen == [0.1, 0.1, 1.0, 1.0]  # the gallery is chosen anew at every point
+    assert grid.reselected
+    assert "at its own settings, chosen anew" in oracle_table(grid, {"alpha": 1.0, "beta": 1.0})
+    for point, figures in zip(grid.points, grid.figures, strict=True):  # and the figures are those of the point
+        expected = moving.with_settings(**point).evaluate(drawn).figures
+        assert figures["image_auroc"] == pytest.approx(expected["image_auroc"], abs=0.05)
+        assert figures["pixel_auroc"] == pytest.approx(expected["pixel_auroc"], abs=0.02)
+    assert grid.figures[0] != grid.figures[1]
 
 
 def test_further_images_are_learnt_without_calibrating(plain_file, drawn):
