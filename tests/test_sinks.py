@@ -178,7 +178,8 @@ def test_a_killed_watch_tells_the_webhook_after_it_is_started_again(line_model, 
     secret = tmp_path / "secret"
     secret.write_bytes(SECRET + b"\n")
     with Receiver(*[500] * 100) as receiver:
-        options = ("--store", tmp_path / "store", "--webhook", receiver.url, "--webhook-secret", secret)
+        twice = ("--webhook", receiver.url, "--webhook", receiver.url)
+        options = ("--store", tmp_path / "store", *twice, "--webhook-secret", secret)
         with Process(line_model, folder, *options) as watch:
             watch.until(lambda it: any("does not take" in line for line in it.err))
             watch.process.kill()
