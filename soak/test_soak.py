@@ -134,9 +134,17 @@ main()
 """`flawmap` in a process that ends, as by a kill, before its n-th change of a file below a place."""
 
 
-def test_killed_before_any_change_of_a_file(parts: Path, tmp_path: Path) -> None:
-    """200 moments at which files change, one after the other: nothing is lost at any."""
-    options = ["train", str(parts), "--image-size", "64", "--seed", "1", "--method", "padim", "--engine", "torch"]
+@pytest.mark.parametrize(
+    "method",
+    [["--method", "padim"], ["--method", "cfa", "--epochs", "20", "--set", "max_steps=0"]],
+    ids=["padim", "cfa"],
+)
+def test_killed_before_any_change_of_a_file(parts: Path, tmp_path: Path, method: list[str]) -> None:
+    """Up to 200 moments at which files change, one after the other: nothing is lost at any.
+
+    A training that only collects has some 40 of them, one of 20 epochs more than are tried.
+    """
+    options = ["train", str(parts), "--image-size", "64", "--seed", "1", *method, "--engine", "torch"]
     whole = tmp_path / "whole.safetensors"
     subprocess.run([sys.executable, "-m", "flawmap", *options, "-o", str(whole)], check=True, capture_output=True)
     kills = 0
@@ -155,6 +163,47 @@ def test_killed_before_any_change_of_a_file(parts: Path, tmp_path: Path) -> None
             break  # there are no more
     print(f"killed at {kills} moments")
     assert kills > 0
+
+
+def drawn_lines(folder: Path, channels: int) -> list[Path]:
+    """Three pictures of a line scan of 16384 x 12288 pixels, the last with a glaring defect."""
+    folder.mkdir()
+    paths = []
+    for number in range(3):
+        rng = np.random.default_rng(number)
+        block = rng.normal(0, 10, (512, 16384)).astype(np.float32)
+        lines = 120 + 25 * np.sin(np.arange(16384) / (300 + 90 * number) + number)
+        pixels = np.tile((block + lines).clip(0, 255).astype(np.uint8), (24, 1))
+        if number == 2:
+            pixels[4000:4200, 5000:5300] = 255
+        shown = pixels if channels == 1 else np.repeat(pixels[..., None], 3, 2)
+        paths.append(folder / f"{number}.tif")
+        Image.fromarray(shown).save(paths[-1])
+    return paths
+
+
+def peak_of(command: list[str]) -> float:
+    """Megabytes that a command of flawmap holds at most."""
+    process = subprocess.Popen([sys.executable, "-m", "flawmap", *command], stdout=subprocess.DEVNULL)
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    return used.ru_maxrss / 1024
+
+
+@pytest.mark.skipif(SHARE < 1, reason="there is no smaller one")
+@pytest.mark.parametrize("channels", [1, 3], ids=["grey", "colour"])
+def test_a_line_scan_of_200_megapixels_takes_less_than_two_gigabytes(tmp_path: Path, channels: int) -> None:
+    *good, bad = drawn_lines(tmp_path / "lines", channels)
+    bad = bad.rename(tmp_path / "bad.tif")
+    model, most = tmp_path / "model.safetensors", ["--max-pixels", "300000000"]
+    tiles = ["--tile", "256,32", "--method", "patchcore", "--no-capture-check"]
+    peaks = {
+        "train": peak_of(["train", str(good[0].parent), "-o", str(model), *tiles, *most]),
+        "inspect": peak_of(["inspect", str(model), str(bad), "-o", str(tmp_path / "out"), *most]),
+    }
+    print({verb: round(megabytes) for verb, megabytes in peaks.items()})
+    assert max(peaks.values()) < 2000
 
 
 def test_twenty_thousand_corruptions() -> None:

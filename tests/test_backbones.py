@@ -31,7 +31,7 @@ def test_the_catalogue_counts_the_parameters_that_timm_prints():
         "wide_resnet50_2.tv_in1k": 68.88,
         "resnet18.tv_in1k": 11.69,
         "vgg19_bn.tv_in1k": 143.68,
-        "tf_efficientnet_b5.ns_jft_in1k": 30.39,
+        "tf_efficientnet_b5.in1k": 30.39,
         "deit_base_distilled_patch16_384.fb_in1k": 87.63,
         "cait_m48_448.fb_dist_in1k": 356.46,
     }.items():

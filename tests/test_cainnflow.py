@@ -67,7 +67,9 @@ def trained(trunk, preset=None, features=None, seed=0, announce=lambda line: Non
 
 def subnets(name, size, preset=None, **chosen):
     """Parameters, in millions, of the networks inside the couplings, and of all else that is trained."""
-    config = resolved(name, preset, **chosen)
+    # Those of the fact sheet have one network for s and t, and all else that the programs of FastFlow have.
+    shared = {"st_shared": "true", "actnorm": "data", "feature_norm": "true"}
+    config = resolved(name, preset, **({**shared, **chosen} if preset == "paper" else chosen))
     with torch.device("meta"):
         method = CAINNFlow(config, create_backbone(name, CAINNFlow.levels(config), weights="random", size=size), size)
     inside = [p for part in method.flows.modules() if isinstance(part, Coupling) for p in part.parameters()]

@@ -121,12 +121,12 @@ def test_repulsion_has_neither_value_nor_slope_at_the_papers_radius_and_both_at_
 
 def test_the_radius_is_trained_only_where_asked_and_grows_under_attraction(trunk):
     features = drawn_features(4)
-    fixed, optimise = collect(trunk, features, preset="paper", r_mode="fixed")
+    fixed, optimise = collect(trunk, features, preset="authors", r_mode="fixed")
     assert len(optimise.parameters) == 2
     steps(fixed, optimise, features, 3)
     assert float(fixed.radius) == pytest.approx(1e-5)
 
-    method, optimise = collect(trunk, features, preset="paper")
+    method, optimise = collect(trunk, features, preset="authors")
     assert any(parameter is method.radius for parameter in optimise.parameters)
     with torch.no_grad():
         method.radius.fill_(0.5)
@@ -220,7 +220,7 @@ def test_equally_near_vectors_share_the_certainty(trunk):
 def test_the_mean_bank_is_the_mean_of_each_position_however_batched(trunk):
     features = drawn_features(9)
     for batches in ([9], [4, 4, 1]):
-        method, _ = collect(trunk, features, batches, preset="paper")
+        method, _ = collect(trunk, features, batches, preset="authors")
         np.testing.assert_allclose(bank(method), embedded(method, features).mean(0), rtol=1e-4, atol=1e-5)
 
 

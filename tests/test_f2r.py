@@ -15,7 +15,7 @@ from flawmap.backbones import create_backbone, create_engine
 from flawmap.backbones import moved as moved_engine
 from flawmap.flows import ActNorm, Coupling, Mixing
 from flawmap.methods import Collect, Optimise, configure
-from flawmap.methods.blocks.factorisation import covariance
+from flawmap.methods.blocks.factorisation import Factorisation, FactorisationConfig, covariance
 from flawmap.methods.f2r import F2R
 from flawmap.neighbours import k_center_greedy
 
@@ -403,8 +403,61 @@ def test_an_exported_graph_follows_alpha_and_beta(trained, engine):
             np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-4 * float(a.abs().max()))
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_rotations_are_drawn_anew_at_every_step(trunk, masked):
+    method = create(trunk, views=0, rotation=30, standardise=False, components=0, positions=0)
+    assert F2R.views(method.config) == (1, 0.0)
+    images = torch.rand(2, 3, *SIZE, generator=torch.Generator().manual_seed(0))
+    inside = torch.zeros(2, 1, *SIZE) if masked else None
+    if inside is not None:
+        inside[:, :, 8:40, 8:40] = 1
+    stage = next(stage for stage in method.stages(2) if stage.name == "flow")
+    assert (stage.inputs, stage.views, stage.loss) == ("images", False, method.loss_of_rotated)
+    seen = []
+    method.loss = lambda features, inside: seen.append((features, inside))
+    for _ in range(2):
+        method.loss_of_rotated([images], inside)
+    (first, held), (second, _) = seen
+    plain = method.features(images)
+    for a, b, c in zip(first, second, plain, strict=True):
+        assert not torch.allclose(a, b)
+        assert not torch.allclose(a, c)
+        assert not a.requires_grad
+    if masked:
+        assert set(held.unique().tolist()) == {0.0, 1.0}
+        assert not torch.equal(held, inside)
+    still = create(trunk, views=0, rotation=0.0)
+    still.loss = method.loss
+    still.loss_of_rotated([images], None)
+    for a, c in zip(seen[-1][0], plain, strict=True):
+        torch.testing.assert_close(a, c, rtol=1e-3, atol=1e-3)
+    fresh = next(stage for stage in create(trunk, views=3).stages(2) if stage.name == "flow")
+    assert (fresh.inputs, fresh.views) == ("features", True)
+
+
+def test_term_1_and_term_2_have_the_printed_sizes():
+    generator = torch.Generator().manual_seed(0)
+    z, f = torch.randn(500, 7, generator=generator), torch.randn(500, 7, generator=generator)
+    matrix = (z[:, :3].T @ z[:, 3:] / 500).numpy()
+    for size, value in (("sum", abs(matrix).sum()), ("norm", np.linalg.norm(matrix)), ("mean", abs(matrix).mean())):
+        found = covariance(z[:, :3], z[:, 3:], centred=False, size=size)
+        assert float(found) == pytest.approx(value, rel=1e-5)
+    for square, expected in (("sum", np.linalg.norm(f - z, axis=1) ** 2), ("mean", ((f - z) ** 2).numpy())):
+        losses = Factorisation(FactorisationConfig(semantics="reg", square_as=square), (3, 4), 5)
+        assert float(losses.unlikeness(f, z)) == pytest.approx(expected.mean(), rel=1e-5)
+    nothing = torch.zeros(4, 3, requires_grad=True)
+    covariance(nothing, torch.zeros(4, 4), size="norm").backward()
+    assert torch.isfinite(nothing.grad).all()
+
+
+def test_glows_own_coupling_bounds_by_a_sigmoid(trunk):
+    for coupling, clamp in (("tanh", "tanh"), ("sigmoid", "sigmoid")):
+        method = create(trunk, coupling=coupling)
+        assert {block.clamp for block in method.flow.blocks if isinstance(block, Coupling)} == {clamp}
+
+
 def test_the_papers_preset_trains(trunk):
-    method = fit(trunk, drawn_features(3), preset="paper", epochs=2)
+    method = fit(trunk, drawn_features(3), preset="paper", epochs=2, levels=LEVELS, views=1)
     assert method.patches.axes is None
     assert method.channels == 64
     assert torch.equal(method.patches.scale, torch.ones(64))

@@ -2,6 +2,8 @@
 
 import copy
 import itertools
+import multiprocessing
+import os
 import pickle
 import random
 import threading
@@ -258,6 +260,40 @@ def test_windows_and_regions_are_those_of_the_graph_run_by_hand(drawn, arrays, g
         np.testing.assert_array_equal(np.isnan(inspection.anomaly_map), ~region)
         assert embeddings.shape[1] == len(detector.capture_limits_.centre)
     assert windows > len(arrays) or geometry == Geometry()
+
+
+# Forks
+
+
+def forked(work, seconds=60):
+    """What `work()` says in a fork of this process, a line; one that does not end is ended, and says nothing."""
+    context = multiprocessing.get_context("fork")
+    receives, sends = context.Pipe(duplex=False)
+
+    def started():
+        try:
+            sends.send(work())
+        except FlawmapError as error:
+            sends.send(str(error))
+
+    process = context.Process(target=started)
+    process.start()
+    said = receives.recv() if receives.poll(seconds) else None
+    process.kill()
+    process.join()
+    return said
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing is forked here")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_fork_of_a_process_that_has_predicted_says_that_it_cannot(engine, model_file, arrays):
+    """Its engine's threads are not in the fork; one that waited for them would never end."""
+    inspector = Inspector.load(model_file, engine=engine)
+    before = inspector.predict(arrays[0])
+    assert "load it in each process" in forked(lambda: inspector.predict(arrays[0]).verdict)
+    assert "load it in each process" in forked(lambda: next(inspector.stream(arrays)).verdict)
+    assert alike(inspector.predict(arrays[0]), before)
 
 
 # Copies and other thresholds

@@ -4,7 +4,7 @@ from PIL import Image
 
 from flawmap.imaging.geometry import Geometry
 from flawmap.judging.inspection import Inspection, find_regions
-from flawmap.report.overlays import HeatScale, as_rgb, coco, overlay, run_lengths, write_map
+from flawmap.report.overlays import Coco, HeatScale, as_rgb, overlay, run_lengths, write_map
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def test_regions_are_8_connected_and_the_hottest_comes_first(inspection):
     hot, wide = inspection.regions
     assert (hot.box, hot.area, hot.peak) == ((50, 30, 60, 40), 100, 9.0)
     assert (wide.box, wide.area, wide.peak) == ((10, 5, 31, 16), 201, 5.0)
-    assert find_regions(inspection.anomaly_map, 9.5) == []
+    assert find_regions([inspection.anomaly_map], 9.5) == []
 
 
 def test_a_map_below_the_threshold_has_no_region(inspection):
@@ -69,11 +69,14 @@ def test_the_map_file_holds_the_values_in_16_bits(inspection, tmp_path):
 
 
 def test_coco_runs_go_down_the_columns(inspection):
-    (region,) = find_regions(np.array([[0, 1, 0], [0, 1, 1]], np.float32), 1)
+    (region,) = find_regions([np.array([[0, 1, 0], [0, 1, 1]], np.float32)], 1)
     assert run_lengths(region, (2, 3)) == {"size": [2, 3], "counts": [2, 2, 1, 1]}
-    (region,) = find_regions(np.array([[1, 0], [1, 0]], np.float32), 1)
+    (region,) = find_regions([np.array([[1, 0], [1, 0]], np.float32)], 1)
     assert run_lengths(region, (2, 2))["counts"] == [0, 2, 2]
-    content = coco([Inspection(None, "error", error="x"), inspection])
+    made = Coco()
+    for one in (Inspection(None, "error", error="x"), inspection):
+        made.add(one)
+    content = made.to_json()
     assert [image["id"] for image in content["images"]] == [2]
     assert [(a["id"], a["image_id"], a["bbox"]) for a in content["annotations"]] == [
         (1, 2, [50, 30, 10, 10]), (2, 2, [10, 5, 21, 11]),

@@ -71,20 +71,31 @@ def test_ssim_is_one_of_equal_images_and_exact_in_half_precision_too():
     assert ssim(x.half(), x.half()).dtype == torch.float32
 
 
-@given(st.floats(0, 1), st.booleans(), st.floats(0, 5))
+@given(st.floats(-30, 30), st.booleans(), st.floats(0, 5))
 @settings(max_examples=60, deadline=None)
-def test_focal_is_its_formula(probability, defective, gamma):
-    p, mask = torch.tensor([[probability]]), torch.tensor([[float(defective)]])
-    true = np.clip(float(p) if defective else 1 - float(p), 1e-5, 1 - 1e-5)
-    assert float(focal(p, mask, gamma)) == pytest.approx(-((1 - true) ** gamma) * np.log(true), rel=1e-2, abs=1e-6)
+def test_focal_is_its_formula(gap, defective, gamma):
+    logits, mask = torch.tensor([0.0, gap]).view(1, 2, 1, 1), torch.full((1, 1, 1, 1), float(defective))
+    log_true = -np.logaddexp(0, -gap if defective else gap)
+    expected = -((-np.expm1(log_true)) ** gamma) * log_true
+    assert float(focal(logits, mask, gamma)) == pytest.approx(expected, rel=1e-2, abs=1e-5)
+
+
+def test_pixels_missed_for_certain_still_learn():
+    for gap in (12.0, 60.0):  # the network is sure of the wrong class
+        logits = torch.tensor([0.0, -gap]).view(1, 2, 1, 1).requires_grad_()
+        focal(logits, torch.ones(1, 1, 1, 1)).sum().backward()
+        assert float(logits.grad[0, 1]) == pytest.approx(-1, abs=0.01)
+    logits = torch.tensor([0.0, 90.0]).view(1, 2, 1, 1).requires_grad_()
+    focal(logits, torch.ones(1, 1, 1, 1), gamma=0.5).sum().backward()
+    assert torch.isfinite(logits.grad).all()
 
 
 def test_focal_of_gamma_zero_is_cross_entropy():
     logits = torch.randn(4, 2, 6, 5, generator=torch.Generator().manual_seed(0))
     mask = (torch.arange(4 * 6 * 5).reshape(4, 1, 6, 5) % 3 == 0).float()
-    ours = focal(logits.softmax(1)[:, 1:], mask, gamma=0.0)
+    ours = focal(logits, mask, gamma=0.0)
     torch.testing.assert_close(ours, F.cross_entropy(logits, mask[:, 0].long(), reduction="none")[:, None])
-    assert torch.isfinite(focal(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0]))).all()
+    assert torch.isfinite(focal(torch.tensor([-500.0, 500.0]).view(1, 2, 1, 1), mask[:1, :, :1, :1])).all()
 
 
 def test_means_count_what_is_inside():

@@ -35,8 +35,9 @@ from flawmap.line import Inspector
 from flawmap.line.engines import Engine, check_engine
 from flawmap.line.evaluating import evaluate_inspector
 from flawmap.line.model_card import ModelCard, check_model_path
-from flawmap.methods import Method, automatic, configure, method_class
+from flawmap.methods import Method, automatic, configure, method_class, preset_of
 from flawmap.methods.checking import check_tensors, try_out
+from flawmap.methods.presets import in_words
 from flawmap.model_file import read_model, write_model
 from flawmap.ranges import SEEDS, SIDES, rate, whole
 from flawmap.report.overlays import HeatScale
@@ -45,6 +46,7 @@ log = logging.getLogger(__name__)
 
 _PREPARATION, _LATENTS = "preparation.", "latents."  # before the names of their tensors in a model file
 _COMPILING = threading.Lock()
+_NONE = "none"  # the mode of calibration that gives no scores
 
 
 class Detector:
@@ -52,10 +54,11 @@ class Detector:
 
     Args:
         method: a name that `flawmap methods` prints, or "auto": "gaussbank", or "patchcore" for tiles.
-        preset: named settings of the method, such as "paper".
-        backbone: any timm model with intermediate features.
+        preset: named settings, such as "paper": of the method, and of the arguments below that are None where one is
+            not given. What is given wins.
+        backbone: any timm model with intermediate features; the embedded one by default.
         weights: a local weight file; None for the embedded weights or timm's hub.
-        image_size: what images (or tiles) are resized to, in pixels: a side or (height, width).
+        image_size: what images (or tiles) are resized to, in pixels: a side or (height, width); 256 by default.
         geometry: which windows of an image become model inputs; the whole image, stretched, by default.
         roi: mask of the region of interest, a file or bool (H, W). Outside it nothing is learnt, scored or drawn.
         register: picture of a part in the pose in which `roi` is drawn; each image is first aligned to it.
@@ -65,15 +68,18 @@ class Detector:
         max_false_reject: the share of good parts that may be rejected.
         guarantee: "marginal", "confidence" or "tail", see `flawmap.judging.calibration`. Where no tail can be fitted to
             the calibration scores, `fit` says so in a warning and takes the threshold of "marginal".
-        calibration: "auto", "loo", "holdout", "crossfit", or a folder of further good images.
+        calibration: "auto", the default, "loo", "holdout", "crossfit", a folder of further good images, or "none": all
+            images are learnt from, so there are scores and maps, but no threshold, p-values and verdicts.
         capture_check: whether captures unlike the good images (black, blurred, of another part) are refused: verdict
             "error".
         settings: the method's own.
 
     Attributes:
+        preset: the preset in words, with what was given otherwise; None without one.
         method_: the fitted method.
-        calibration_: scores of good images.
-        threshold_, pixel_threshold_: where images are rejected, with what that promises, and where regions are cut.
+        calibration_: scores of good images; None with calibration "none".
+        threshold_, pixel_threshold_: where images are rejected, with what that promises, and where regions are cut;
+            None with calibration "none".
         training_: what it was fitted on: number of images, their digest, seed, engine.
         capture_limits_: what a capture must be like to be judged.
         latents_: of the calibration images, for methods with settings that can be moved; None for the others.
@@ -99,9 +105,9 @@ class Detector:
         method: str = "auto",
         *,
         preset: str | None = None,
-        backbone: str = DEFAULT_BACKBONE,
+        backbone: str | None = None,
         weights: str | Path | None = None,
-        image_size: int | tuple[int, int] = 256,
+        image_size: int | tuple[int, int] | None = None,
         geometry: Geometry | None = None,
         roi: str | Path | NDArray[np.bool_] | None = None,
         register: str | Path | None = None,
@@ -110,16 +116,24 @@ class Detector:
         seed: int = 0,
         max_false_reject: float = 0.01,
         guarantee: Literal["marginal", "confidence", "tail"] = "marginal",
-        calibration: str | Path = "auto",
+        calibration: str | Path | None = None,
         capture_check: bool = True,
         **settings: Any,
     ) -> None:
-        self.geometry = geometry or Geometry()
-        self.method = automatic(self.geometry.kind == "tile")[0] if method == "auto" else method
+        tiled = geometry is not None and geometry.kind == "tile"
+        self.method = automatic(tiled)[0] if method == "auto" else method
         self._method_class = method_class(self.method)
-        self.config = configure(self._method_class, settings, preset)
-        self.backbone = backbone
+        own = {"backbone": backbone, "image_size": image_size, "crop": geometry, "calibration": calibration}
+        given = {name: value for name, value in own.items() if value is not None}
+        if geometry is not None and geometry.kind == "crop":
+            given["crop"] = geometry.side
+        kept, other = preset_of(self._method_class, preset).beside({**given, **settings})
+        self.preset = None if preset in (None, "default") else in_words(preset, other)
+        self.config = configure(self._method_class, {**kept.settings, **settings})
+        self.geometry = geometry or Geometry.from_options(crop=int(kept.detector.get("crop", 0)) or None)
+        self.backbone = backbone or kept.detector.get("backbone", DEFAULT_BACKBONE)
         self.weights = weights
+        image_size = int(kept.detector.get("image_size", 256)) if image_size is None else image_size
         sides = image_size if isinstance(image_size, (tuple, list)) else (image_size, image_size)
         if len(sides) != 2:
             raise FlawmapError(f"image_size is {image_size}: give a side, or (height, width)")
@@ -136,7 +150,7 @@ class Detector:
         self.engine = engine
         self.device = _device(device)
         self.seed = whole("--seed", seed, SEEDS)
-        self.calibration = calibration
+        self.calibration = calibration or kept.detector.get("calibration", "auto")
         self.capture_check = capture_check
         self.method_: Method
         self.preparation_: Preparation
@@ -150,6 +164,7 @@ class Detector:
         self.digest_: str | None = None
         self._judge = Judge(max_false_reject, guarantee)
         self._mode = ""
+        self._heat: HeatScale | None = None
         self._workspace: Workspace | None = None
         self._engine: Engine | None = None
         self._inspector: Inspector | None = None
@@ -165,20 +180,18 @@ class Detector:
         return self._judge.guarantee
 
     @property
-    def calibration_(self) -> Calibration:
-        """Scores of good images."""
-        assert self._calibrated.calibration is not None
+    def calibration_(self) -> Calibration | None:
+        """Scores of good images; None where all were learnt from."""
         return self._calibrated.calibration
 
     @property
-    def threshold_(self) -> Threshold:
-        """The threshold and what it promises."""
-        assert self._calibrated.threshold is not None
+    def threshold_(self) -> Threshold | None:
+        """The threshold and what it promises; None where all good images were learnt from."""
         return self._calibrated.threshold
 
     @property
     def pixel_threshold_(self) -> float | None:
-        """Where regions are cut; None for methods without a map."""
+        """Where regions are cut; None for methods without a map, and where all good images were learnt from."""
         return self._calibrated.pixel_threshold
 
     @property
@@ -251,13 +264,15 @@ class Detector:
         self.method_ = fitted.method
         self.preparation_ = fitted.preparation
         self.capture_limits_ = fitted.capture_limits
-        self.training_ = {**fitted.training, "capture_check": self.capture_check}
+        named = {} if self.preset is None else {"preset": self.preset}
+        self.training_ = {**fitted.training, "capture_check": self.capture_check, **named}
         self.latents_ = fitted.latents
         self.atypical_ = fitted.atypical
         self.near_duplicates_ = fitted.near_duplicates
         self.left_out_ = fitted.left_out
         self.sizes_ = fitted.sizes
         self._workspace = fitted.workspace
+        self._heat = fitted.heat
         self._calibrate_anew(fitted.calibration)
         return self
 
@@ -272,8 +287,8 @@ class Detector:
     ) -> Detector:
         """Learns further good images, where the method can without those it already knows, and calibrates again.
 
-        The new images are scored before they are learnt, and join the earlier calibration scores; since the method has
-        changed after, the false-reject rate is an estimate from then on.
+        The new images are scored before they are learnt, and join the earlier calibration scores, where there are any;
+        since the method has changed after, the false-reject rate is an estimate from then on.
 
         Raises:
             FlawmapError: the method cannot be updated, or no new image can be read.
@@ -299,8 +314,9 @@ class Detector:
         self.left_out_, self.sizes_ = updated.left_out, updated.sizes
         self.capture_limits_ = self.capture_limits_.joined(updated.capture_limits)
         before, digests = self.calibration_, updated.digests
-        scores, peaks = np.append(before.scores, updated.scores), np.append(before.peaks, updated.peaks)
-        self._calibrate_anew(Calibration(scores, peaks, "crossfit"))
+        if before is not None:
+            scores, peaks = np.append(before.scores, updated.scores), np.append(before.peaks, updated.peaks)
+            self._calibrate_anew(Calibration(scores, peaks, "crossfit"))
         self.training_ = {
             **self.training_,
             "images": self.training_["images"] + len(digests),
@@ -328,8 +344,8 @@ class Detector:
     def with_settings(self, *, calibrate: bool = True, **settings: Any) -> Detector:
         """The same detector with other values of the settings that its method lets move after training.
 
-        It is calibrated anew from the latents of the good images it was calibrated on. Without `calibrate` that waits
-        until `calibrate()` is called: maps and scores follow at once, p-values and verdicts are None till then.
+        It is calibrated anew from the latents of the good images it was calibrated on, if any. Without `calibrate` that
+        waits until `calibrate()` is called: maps and scores follow at once, p-values and verdicts are None till then.
 
         Raises:
             FlawmapError: a setting is fixed by training or not valid, or nothing was kept to calibrate from.
@@ -347,7 +363,7 @@ class Detector:
     def calibrate(self) -> Detector:
         """Scores the good images kept for it once more, after `with_settings(calibrate=False)`."""
         self._check_fitted()
-        if self._judge.calibration is None:
+        if self._judge.calibration is None and self._mode != _NONE:
             assert self.latents_ is not None
             scores, peaks = self.latents_.good_scores(self.method_, self.device)
             self._calibrate(Calibration(scores, peaks, self._mode))
@@ -363,7 +379,7 @@ class Detector:
         live = self._method_class.live
         if not live:
             raise FlawmapError(f"{self.method} has no setting that can be moved after training: train again with --set")
-        if self.latents_ is None:
+        if self.latents_ is None and self._mode != _NONE:
             raise FlawmapError(
                 f"{' and '.join(live)} can be moved only where good images were held out: train with --calibration "
                 "holdout or a folder"
@@ -383,11 +399,15 @@ class Detector:
             )
         return configure(self._method_class, {**self.method_.config.model_dump(), **settings})
 
-    def _calibrate(self, calibration: Calibration) -> None:
+    def _calibrate(self, calibration: Calibration | None) -> None:
+        if calibration is None:
+            self._mode, self._inspector = _NONE, None
+            self._judge = Judge(self.max_false_reject, self.guarantee)
+            return
         self._mode, self._inspector = calibration.mode, None
         self._judge = Judge.of(calibration, self.max_false_reject, self.guarantee, unsure=self._judge.unsure)
 
-    def _calibrate_anew(self, calibration: Calibration) -> None:
+    def _calibrate_anew(self, calibration: Calibration | None) -> None:
         """After learning, which must not be lost because the scores that came of it have no tail."""
         try:
             self._calibrate(calibration)
@@ -493,7 +513,7 @@ class Detector:
             raise FlawmapError("this detector is not fitted: call fit(folder), or Detector.load(path)")
 
     def heat_scale(self) -> HeatScale | None:
-        """What heatmap colours mean, from good images alone; None for methods without a map, or before calibration."""
+        """What heatmap colours mean: see `Inspector.heat_scale`."""
         return self.inspector().heat_scale()
 
     # Evaluating
@@ -559,6 +579,7 @@ class Detector:
             self.guarantee,
             self.training_,
             self._method_class.localises,
+            None if self._heat is None else (self._heat.low, self._heat.high),
         )
 
     @classmethod
@@ -605,7 +626,7 @@ class Detector:
             detector.training_ = dict(card.training)
             detector.capture_check = card.capture_check
             detector.digest_ = digest
-            assert card.calibration is not None
+            detector._heat = None if card.heat is None else HeatScale(*card.heat, learnt=True)
             detector._calibrate(card.calibration)
             if len(detector.capture_limits_.centre) not in (0, sum(backbone.channels[i] for i in backbone.medium)):
                 raise ValueError("the captures' embedding has another length than the backbone's")

@@ -74,22 +74,17 @@ def other_kind(mode: int) -> str | None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
     """A binary file that takes the name `path` when the block ends well, and vanishes when it does not.
 
-    It is on the disk then, and so is its name. Where `path` is a link, what it leads to is replaced, and the link
-    stays. A pipe or a character device is written to, as nothing else can be done with it.
+    It is on the disk then, and so is its name, unless it need not be `durable`: one picture of many. Where `path` is a
+    link, what it leads to is replaced, and the link stays. A pipe or a character device is written to, as nothing else
+    can be done with it.
 
     Raises:
         FlawmapError: the folder is missing or cannot be written, the disk is full, `path` is a folder, a socket or a
             disk, or a pipe that nobody reads.
     """
-    with _replacing(path, durable=True) as file:
-        yield file
-
-
-@contextmanager
-def _replacing(path: Path, *, durable: bool) -> Iterator[BinaryIO]:
     temporary: Path | None = None
     try:
         try:
@@ -211,7 +206,7 @@ def write_png(path: Path, image: Image) -> None:
         FlawmapError: as `replacing`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _replacing(path, durable=False) as file:
+    with replacing(path, durable=False) as file:
         image.save(file, format="PNG", compress_level=1)
 
 

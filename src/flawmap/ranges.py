@@ -12,6 +12,9 @@ SEEDS = (0, 2**32 - 1)
 SIDES = (32, 8192)
 """Pixels of a model input's side."""
 
+MOST_PIXELS = 2**31 - 1
+"""Of an image, however large ones are allowed to be: what Pillow counts to."""
+
 SCORES = (-3.4e38, 3.4e38)
 """Thresholds: what a float32 holds."""
 

@@ -41,13 +41,11 @@ CATALOGUE: dict[str, Entry] = {
             (),
             "timm hub",
             "bsd-3-clause",
-            "PatchCore, PaDiM, CFA, F2R",
+            "PatchCore, PaDiM, CFA, CFLOW-AD, CLS-CNFs, F2R, FastFlow",
         ),
         Entry("resnet18.tv_in1k", ("layer1", "layer2", "layer3"), (), "timm hub", "bsd-3-clause", "PaDiM, CAINNFlow"),
-        Entry("vgg19_bn.tv_in1k", ("features.25", "features.38"), (), "timm hub", "bsd-3-clause", "CLS-CNFs, CFA"),
-        Entry(
-            "tf_efficientnet_b5.ns_jft_in1k", ("blocks.2", "blocks.4"), (), "timm hub", "apache-2.0", "CLS-CNFs, CFA"
-        ),
+        Entry("vgg19_bn.tv_in1k", ("features.25", "features.38"), (), "timm hub", "bsd-3-clause", "CFA"),
+        Entry("tf_efficientnet_b5.in1k", ("blocks.2", "blocks.4"), (), "timm hub", "apache-2.0", "CFA"),
         Entry(
             "deit_base_distilled_patch16_384.fb_in1k",
             ("blocks.7",),

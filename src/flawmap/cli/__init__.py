@@ -33,6 +33,8 @@ VERBS = {
     "validate": "Hold a model against new good images: what it promised, and whether they still look alike.",
     "info": "Say what a model file holds.",
     "export": "Write a model as one ONNX file that needs no PyTorch.",
+    "serve": "Serve models: REST, a page for the line, and records of every inspection.",
+    "key": "Make a key for a service.",
     "tune": "Choose settings without test labels, on synthetic defects.",
     "synthesize": "Make synthetic defects on good images, with masks.",
     "sample": "Draw a small data set of parts with defects.",
@@ -41,6 +43,10 @@ VERBS = {
     "backbones": "List the backbones.",
     "doctor": "Check this installation.",
 }
+
+
+_MODULES = {"methods": "listings", "backbones": "listings", "doctor": "listings", "key": "serve"}
+"""Where a verb is that has no file of its own."""
 
 
 def _traceback() -> click.Option:
@@ -62,7 +68,7 @@ class _Verbs(click.Group):
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         if name not in VERBS:
             return None
-        module = "listings" if name in ("methods", "backbones", "doctor") else name
+        module = _MODULES.get(name, name)
         command: click.Command = getattr(importlib.import_module(f"flawmap.cli.{module}"), f"{name}_command")
         if not any(parameter.name == "traceback" for parameter in command.params):
             command.params.append(_traceback())

@@ -48,7 +48,7 @@ def demo_command(output: Path) -> None:
     with ProgressLines() as progress:
         detector = Detector("padim").fit(dataset, progress=progress)
     detector.save(model)
-    say_all(detector.threshold_.describe())
+    say_all(detector.inspector().judge.describe())
     say(f"wrote {model} ({model.stat().st_size / 1e6:.1f} MB)")
 
     page = output / "report.html"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from flawmap.cli.options import MAX_PIXELS
 from flawmap.text import counted, printable
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ _COUNTS = {
 )
 @click.option("--engine", default="auto", show_default=True, help="auto, openvino, onnxruntime or torch.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@MAX_PIXELS
 def evaluate_command(
     model: Path,
     data: Path,
@@ -106,7 +108,6 @@ def evaluate_command(
         if no_capture_check:
             inspector = inspector.without_capture_check()
         report = evaluate_inspector(inspector, dataset, full_resolution=full_resolution, progress=progress)
-    assert inspector.judge.threshold is not None
     text = json.dumps(report.to_json() | ({} if grid is None else grid.to_json()), indent=2, allow_nan=False)
     if json_file == "-":
         click.echo(text)
@@ -140,8 +141,6 @@ def write_report(path: Path, inspector: Inspector, dataset: Dataset, report: Eva
 
     masks = {sample.path: sample.mask for sample in dataset.test}
     scale = inspector.heat_scale()
-    assert inspector.judge.calibration is not None
-    assert inspector.judge.threshold is not None
     shown = {i: image for i in worth_showing(report) if (image := report.results[i].path) is not None}
     pictures = {}
     for (i, image), inspection in zip(shown.items(), inspector.stream(shown.values()), strict=True):
@@ -171,13 +170,13 @@ def remarks(report: EvaluationReport) -> list[str]:
         )
     if refused := report.counted("refused"):
         defective = sum(judged.refused and judged.defective for judged in report.results)
-        images = "1 image is" if refused == 1 else f"{refused} images are"
+        images = counted(refused, "image is", "images are")
         lines.append(
             f"{images} refused by the capture check ({refused - defective} good, {defective} defective): their scores "
             "count in all figures; they are called neither good nor defects. --no-capture-check judges them"
         )
     if report.without_mask:
-        images = "1 defective image has" if report.without_mask == 1 else f"{report.without_mask} defective images have"
+        images = counted(report.without_mask, "defective image has", "defective images have")
         lines.append(f"{images} no mask and count in no pixel figure")
     return lines
 
@@ -191,7 +190,12 @@ def report_table(report: EvaluationReport) -> str:
         spread = "" if interval is None else f"  [{interval[0]:.3f}, {interval[1]:.3f}]"
         lines.append(f"{title:<{max(map(len, _TITLES.values()))}} {shown:>6}{spread}")
     lines.append("")
-    always = ("images", "rejected", "errors", *(("on_defect",) if report.counted("located") else ()))
+    always = (
+        "images",
+        *(("rejected",) if report.decides else ()),
+        "errors",
+        *(("on_defect",) if report.counted("located") else ()),
+    )
     heads = {column: head for column, head in _COUNTS.items() if column in always or report.counted(column)}
     width = max(len(printable(kind)) for kind in report.kinds)
     lines.append("  ".join([f"{'kind':<{width}}", *heads.values()]))

@@ -16,14 +16,13 @@ def info_command(model: Path) -> None:
     from flawmap.cli.progress import quiet_libraries
 
     quiet_libraries()
-    from flawmap.judging.judge import Judge
     from flawmap.line.inspector import read_card
     from flawmap.text import counted
 
     card, known = read_card(model)
-    assert card.calibration is not None
-    judge = Judge.of(card.calibration, card.max_false_reject, card.guarantee)
-    assert judge.threshold is not None
+    calibration = "none"
+    if card.calibration is not None:
+        calibration = f"{card.calibration.mode}, {counted(len(card.calibration.scores), 'good image')}"
     preparation, training = card.preparation, card.training
     height, width = preparation.size
     learnt = counted(training["images"], "good image")
@@ -31,6 +30,7 @@ def info_command(model: Path) -> None:
         "file": f"{model} ({model.stat().st_size / 1e6:.1f} MB, {known['kind']})",
         "digest": known["digest"] or "not known",
         "method": card.method,
+        "preset": training.get("preset", "none"),
         "settings": ", ".join(f"{key}={value}" for key, value in sorted(card.config.items())),
         "can be moved": ", ".join(known["live"]) or "nothing",
         "backbone": f"{card.backbone}, levels {', '.join(card.levels)}, weights {card.backbone_digest[:12]}",
@@ -40,8 +40,8 @@ def info_command(model: Path) -> None:
         "alignment": "none" if preparation.template is None else "to a template",
         "learnt from": f"{learnt}, seed {training['seed']}, engine {training['engine']}",
         "captures": "refused where unlike the good images" if card.capture_check else "not checked",
-        "calibration": f"{card.calibration.mode}, {counted(len(card.calibration.scores), 'good image')}",
-        "promise": judge.threshold.describe(),
+        "calibration": calibration,
+        "promise": card.judge().describe(),
         "versions": ", ".join(f"{name} {version}" for name, version in sorted(training.get("libraries", {}).items()))
         or "not known",
     }

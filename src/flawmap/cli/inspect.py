@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from flawmap.cli.options import MAX_PIXELS
 from flawmap.cli.streams import nobody_reads
 from flawmap.cli.verdict_lines import VerdictLines
-from flawmap.text import printable
+from flawmap.text import counted, printable
 
 if TYPE_CHECKING:
     from flawmap.judging.inspection import Inspection
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     "--fail-on-defect", is_flag=True, help="Exit with 4 when a defect was found, else with 3 when one is unsure."
 )
 @click.option("--strict", is_flag=True, help="Stop at the first image that cannot be judged.")
+@MAX_PIXELS
 @click.option("--engine", default="auto", show_default=True, help="auto, openvino, onnxruntime or torch.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 def inspect_command(
@@ -101,22 +103,28 @@ def inspect_command(
     elif max_false_reject is not None or guarantee is not None or tail or unsure:
         rate = inspector.judge.max_false_reject if max_false_reject is None else max_false_reject
         inspector = inspector.with_threshold(max_false_reject=rate, guarantee=guarantee, tail=tail, unsure=unsure)
-    assert inspector.judge.threshold is not None
+    if fail_on_defect and inspector.judge.threshold is None:
+        raise FlawmapError("--fail-on-defect needs verdicts, and the model has no threshold: give --threshold")
     write = VerdictLines(form, max(len(printable(path)) for path, _ in found), inspector.digest)
     click.echo(inspector.judge.describe(), err=True)
     if not inspector.card.localises and (output is not None or coco is not None):
         click.echo(
             f"flawmap: {inspector.card.method} says nothing of where a flaw is: no heatmaps and regions", err=True
         )
+    elif inspector.judge.pixel_threshold is None and coco is not None:
+        click.echo("flawmap: regions need a calibration, which the model lacks: the COCO file has none", err=True)
     shown = None if output is None else Shown(output, model, inspector, found, caption)
-    counts = {"good": 0, "defect": 0, "unsure": 0, "error": 0}
+    counts = {"good": 0, "defect": 0, "unsure": 0, "error": 0, None: 0}
     troubles: list[str] = []
     unwritten = overruled = 0
-    kept: list[Inspection] = []
+    regions = None
+    if coco is not None:
+        from flawmap.report.overlays import Coco
+
+        regions = Coco()
     inspections = inspector.stream((path for path, _ in found), keep_pixels=shown is not None)
     try:
-        for number, inspection in enumerate(inspections):
-            assert inspection.verdict is not None
+        for inspection in inspections:
             if inspection.verdict == "error":
                 if strict:
                     raise FlawmapError(str(inspection.error))
@@ -125,34 +133,35 @@ def inspect_command(
             overruled += inspection.overruled
             if shown is not None:
                 try:
-                    shown.draw(number, inspection)
+                    shown.draw(sum(counts.values()) - 1, inspection)
                 except FlawmapError as error:
                     troubles.append(str(error))
                     unwritten += 1
-            if coco is not None:
-                kept.append(inspection.without_map())
+            if regions is not None:
+                regions.add(inspection)
             write(inspection)
+            del inspection  # its pixels and maps, before the next one's are taken
             if shown is None and coco is None and not fail_on_defect and nobody_reads():
                 return 0  # and nothing else was asked for
     finally:
         if shown is not None and (trouble := shown.close(finished=sum(counts.values()) == len(found))):
             troubles.append(trouble)
             unwritten += 1
-    if coco is not None:
+    if coco is not None and regions is not None:
         from flawmap.files import replacing
-        from flawmap.report.overlays import coco as as_coco
 
         with replacing(coco) as file:
-            file.write(json.dumps(as_coco(kept), allow_nan=False).encode())
+            file.write(json.dumps(regions.to_json(), allow_nan=False).encode())
     if overruled:
-        some = (
-            "1 image is called good though a region of it"
-            if overruled == 1
-            else (f"{overruled} images are called good though a region of each")
+        some = counted(
+            overruled, "image is called good though a region of it", "images are called good though a region of each"
         )
         click.echo(f"{some} reaches the map's own threshold: a verdict goes by the image's score", err=True)
     between = f"{counts['unsure']} unsure, " if inspector.judge.unsure else ""
-    click.echo(f"{counts['good']} good, {counts['defect']} defect, {between}{counts['error']} not judged", err=True)
+    verdicts = f"{counts['good']} good, {counts['defect']} defect, {between}"
+    if inspector.judge.threshold is None:
+        verdicts = f"{counts[None]} scored, "
+    click.echo(f"{verdicts}{counts['error']} not judged", err=True)
     for trouble in troubles:
         click.echo(f"flawmap: {printable(trouble)}", err=True)
     return exit_code(
@@ -182,6 +191,7 @@ def find_parts(sources: Sequence[Path], output: Path | None) -> list[tuple[Path,
         FlawmapError: a folder holds no images.
     """
     from flawmap.errors import FlawmapError
+    from flawmap.imaging.formats import FORMATS
     from flawmap.imaging.image_files import search_folder
 
     found: list[tuple[Path, Path]] = []
@@ -197,10 +207,10 @@ def find_parts(sources: Sequence[Path], output: Path | None) -> list[tuple[Path,
         if note := there.note():
             click.echo(f"{printable(source)}: {note}", err=True)
         if inside := len(there.images) - len(parts):
-            some = "1 image in the output folder is" if inside == 1 else f"{inside} images in the output folder are"
+            some = counted(inside, "image in the output folder is", "images in the output folder are")
             click.echo(f"{some} passed over", err=True)
         if not parts:
-            raise FlawmapError(f"{source} holds no images: give a folder or files of JPEG, PNG, BMP, TIFF or WebP")
+            raise FlawmapError(f"{source} holds no images: give a folder or files of {FORMATS}")
         found += [(path, path.relative_to(source)) for path in parts]
     return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -25,8 +25,7 @@ def method_lines(entry: Entry) -> list[str]:
     lines += [f"  {line}" for line in _cost(method)]
     lines += ["", "settings, by --set NAME=VALUE:", *_settings(method)]
     if method.presets:
-        lines += ["", "presets, by --preset NAME:"]
-        lines += [f"  {name}  {_chosen(values)}" for name, values in method.presets.items()]
+        lines += ["", "presets, by --preset NAME:", *_presets(method)]
     return [*lines, "", *differs] if differs else lines
 
 
@@ -105,8 +104,16 @@ def _is_list(field: FieldInfo) -> bool:
     return any(typing.get_origin(kind) is tuple for kind in _kinds(field))
 
 
-def _chosen(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={_text(value)}" for name, value in values.items()) or "the defaults"
+def _presets(method: type[Method]) -> list[str]:
+    rows = [("NAME", "setting", "value", "source")]
+    for name, preset in method.presets.items():
+        rows += [(name, one.setting, one.value or "none", one.source) for one in preset.choices]
+        rows += [] if preset.choices else [(name, "-", "-", "the defaults")]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    return [
+        "  " + "  ".join([*(text.ljust(width) for text, width in zip(row, widths, strict=False)), row[3]])
+        for row in rows
+    ]
 
 
 def _text(value: Any) -> str:

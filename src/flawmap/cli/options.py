@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from flawmap.cli.say import say
-from flawmap.ranges import LOWEST_RATE, SCORES, SEEDS, SIDES
+from flawmap.ranges import LOWEST_RATE, MOST_PIXELS, SCORES, SEEDS, SIDES
 
 if TYPE_CHECKING:
     from flawmap.datasets import Dataset
@@ -31,6 +31,24 @@ SEED = click.IntRange(*SEEDS)
 SIDE = click.IntRange(*SIDES)
 RATE = Finite(LOWEST_RATE, 1, max_open=True)
 SCORE = Finite(*SCORES)
+
+
+def _raise_limit(context: click.Context, option: click.Parameter, most: int | None) -> None:
+    if most is not None:
+        from flawmap.imaging.decoding import pixel_limit
+
+        context.with_resource(pixel_limit(most))
+
+
+MAX_PIXELS = click.option(
+    "--max-pixels",
+    type=click.IntRange(1, MOST_PIXELS),
+    metavar="N",
+    expose_value=False,
+    callback=_raise_limit,
+    help="Read images of up to N pixels.  [default: 178000000]",
+)
+"""For verbs that read images; it holds until the verb ends."""
 
 
 def parse_settings(pairs: tuple[str, ...]) -> dict[str, str]:

@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
+import time
 import warnings
+from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import click
 
+from flawmap.errors import FlawmapError
+from flawmap.files import replacing
 from flawmap.text import printable
+
+_OFTEN = 0.5  # seconds between what is written of one step
 
 
 class ProgressLines:
     """Callable as `flawmap.learning.loop.Progress`."""
 
-    def __init__(self) -> None:
+    def __init__(self, file: Path | None = None) -> None:
+        """With a file, it tells whoever started this process how far it is."""
         self._bar: Any = None
         self._what = ""
+        self._file = file
+        self._since = self._written = 0.0
 
     def __call__(self, what: str, done: int, total: int) -> None:
+        if self._file is not None:
+            self._write(what, done, total)
         if what != self._what:
             self._close()
             self._what = what
@@ -33,6 +46,18 @@ class ProgressLines:
         if self._bar is not None:
             self._bar.n = done
             self._bar.refresh() if done == total else self._bar.update(0)
+
+    def _write(self, what: str, done: int, total: int) -> None:
+        assert self._file is not None
+        now = time.time()
+        if what != self._what:
+            self._since = now
+        elif now - self._written < _OFTEN and done < total:
+            return
+        self._written = now
+        told = {"step": what, "done": done, "total": total, "since": self._since, "at": now}
+        with suppress(OSError, FlawmapError), replacing(self._file) as file:
+            file.write(json.dumps(told).encode())
 
     def _close(self) -> None:
         if self._bar is not None:

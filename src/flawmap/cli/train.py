@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from flawmap.cli.options import RATE, SEED, SIDE
+from flawmap.cli.options import MAX_PIXELS, RATE, SEED, SIDE
 from flawmap.cli.say import say, say_all
 
 if TYPE_CHECKING:
@@ -34,13 +34,17 @@ _FEW = 20  # images; fewer do not calibrate
 )
 @click.option("--category", help="One category of a data set root.")
 @click.option("--method", default="auto", show_default=True, help="See `flawmap methods`; auto chooses one.")
-@click.option("--preset", help="Named settings of the method: default or paper.")
 @click.option(
-    "--backbone", default="tf_efficientnet_lite0", show_default=True, help="Any timm name; see `flawmap backbones`."
+    "--preset",
+    metavar="NAME",
+    help="Named settings, those of the paper for one, see `flawmap methods NAME`. What else is given wins.",
+)
+@click.option(
+    "--backbone", help="Any timm name; see `flawmap backbones`.  [default: tf_efficientnet_lite0, or the preset's]"
 )
 @click.option("--weights", help="Local weight file of the backbone, .safetensors or .pth; `random` for tests.")
 @click.option(
-    "--image-size", type=SIDE, default=256, show_default=True, help="Side that images (or tiles) are resized to."
+    "--image-size", type=SIDE, help="Side that images (or tiles) are resized to.  [default: 256, or the preset's]"
 )
 @click.option("--keep-aspect", is_flag=True, help="Keep the aspect ratio: the short side is padded.")
 @click.option("--crop", type=int, metavar="N", help="Use the centre N x N of the resized image only.")
@@ -83,9 +87,8 @@ _FEW = 20  # images; fewer do not calibrate
 )
 @click.option(
     "--calibration",
-    default="auto",
-    show_default=True,
-    help="loo (leave one out), holdout, crossfit, or a folder of further good images.",
+    help="loo (leave one out), holdout, crossfit, a folder of further good images, or none: all images are learnt "
+    "from, and there are scores and maps, but no threshold and no verdicts.  [default: auto, or the preset's]",
 )
 @click.option("--shots", type=click.IntRange(2), metavar="K", help="Learn from K of the good images, drawn by --seed.")
 @click.option(
@@ -117,7 +120,16 @@ _FEW = 20  # images; fewer do not calibrate
     help="Start anew: delete what an interrupted training of the same output left, and leave nothing on Ctrl-C.",
 )
 @click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Report to write.  [default: beside -o]")
+@click.option(
+    "--json",
+    "findings",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write what training found, for programs: the threshold, and the good images, the most unusual first.",
+)
 @click.option("--strict", is_flag=True, help="Stop at the first image that cannot be read.")
+@click.option("--progress-file", type=click.Path(path_type=Path, dir_okay=False), hidden=True)
+@MAX_PIXELS
 def train_command(
     data: Path,
     output: Path | None,
@@ -137,7 +149,9 @@ def train_command(
     resume: bool,
     discard: bool,
     html: Path | None,
+    findings: Path | None,
     strict: bool,
+    progress_file: Path | None,
     tail: bool,
     **options: Any,
 ) -> None:
@@ -157,13 +171,15 @@ def train_command(
         say_what_is_replaced,
     )
     from flawmap.cli.progress import ProgressLines, quiet_libraries
-    from flawmap.cli.training_report import notes, threshold_lines, write_report
+    from flawmap.cli.training_report import notes, threshold_lines, write_findings, write_report
 
     quiet_libraries()
     output = output or default_model(data, category)
     check_model_output(output)
     html = html or beside(output)
     check_output(html, "--html")
+    if findings is not None:
+        check_output(findings, "--json")
     if (grids or oracle) and not tune:
         raise click.BadParameter("chooses nothing without --tune", param_hint="--grid" if grids else "--oracle")
     if tail:
@@ -181,39 +197,45 @@ def train_command(
 
     dataset = find_dataset(data, category)
     given = [options[name] for name in ("weights", "roi", "register") if options[name] is not None]
-    check_outputs({"-o": output, "--html": html}, [*map(Path, given), *files_of(dataset)])
+    check_outputs({"-o": output, "--html": html, "--json": findings}, [*map(Path, given), *files_of(dataset)])
     check_outputs({"--html": html}, [update])  # a model may be updated in its place
     say_what_is_replaced(output)
     say_all(dataset.describe())
-    if shots is not None:
-        dataset = _drawn(dataset, shots, **options)
 
     from flawmap.detector import Detector
+    from flawmap.imaging.geometry import Geometry
     from flawmap.methods import automatic
+
+    laid = keep_aspect or crop is not None or tile is not None
+    settled = {"geometry": Geometry.from_options(keep_aspect, crop, tile) if laid else None, **options, **chosen}
+    fresh = None if update is not None else Detector(**settled)
+    if fresh is not None:
+        if fresh.preset is not None:
+            say(f"preset {fresh.preset}")
+        if fresh.calibration == "none":
+            _refuse_rates(click.get_current_context())
+        if shots is not None:
+            dataset = _drawn(dataset, shots, fresh.seed, str(fresh.calibration))
 
     tuning = None
     workspace = output.with_name(output.name + ".training")
-    with ProgressLines() as progress, _discarding(workspace) if discard else nullcontext():
+    with ProgressLines(progress_file) as progress, _discarding(workspace) if discard else nullcontext():
         told: dict[str, Any] = {
             "strict": strict,
             "progress": progress,
             "announce": lambda line: say(line, err=True),
         }
-        if update is not None:
-            detector = Detector.load(update, engine=options["engine"], device=options["device"])
+        if fresh is None:
+            detector = Detector.load(str(update), engine=options["engine"], device=options["device"])
             detector.update(dataset, **told)
         else:
-            from flawmap.imaging.geometry import Geometry
-
-            geometry = Geometry.from_options(keep_aspect, crop, tile)
             told |= {"workspace": workspace, "resume": resume, "drop_atypical": drop_atypical}
-            settled = {"geometry": geometry, **options, **chosen}
             if tune:
                 from flawmap.tuning.refitting import tune_fit
 
                 detector, tuning = tune_fit(dataset, grid or None, oracle=oracle, **told, **settled)
             else:
-                detector = Detector(**settled).fit(dataset, **told)
+                detector = fresh.fit(dataset, **told)
         detector.save(output)
         if options["method"] == "auto" and update is None:
             say(f"method {detector.method}: {automatic(tile is not None)[1]}")
@@ -221,6 +243,8 @@ def train_command(
             say(detector.training_["levelling"])
         progress("report", 0, 1)
         write_report(html, detector, dataset)
+        if findings is not None:
+            write_findings(findings, detector)
     if tuning is not None:
         say_all(tuning.describe())
     for line in [*threshold_lines(detector), *notes(detector, update is not None)]:
@@ -268,7 +292,7 @@ def _is_number(value: str) -> bool:
     return True
 
 
-def _drawn(dataset: Dataset, shots: int, *, seed: int, calibration: str, **options: Any) -> Dataset:
+def _drawn(dataset: Dataset, shots: int, seed: int, calibration: str) -> Dataset:
     """The data set with so many good images; says which."""
     from flawmap.datasets.shots import draw_shots
     from flawmap.text import counted
@@ -286,7 +310,31 @@ def _drawn(dataset: Dataset, shots: int, *, seed: int, calibration: str, **optio
     return drawn
 
 
-_WITH_UPDATE = {"data", "output", "category", "update", "engine", "device", "html", "strict"}
+_WITH_UPDATE = {
+    "data",
+    "output",
+    "category",
+    "update",
+    "engine",
+    "device",
+    "html",
+    "strict",
+    "findings",
+    "progress_file",
+}
+
+
+def _refuse_rates(context: click.Context) -> None:
+    given = [
+        f"--{name.replace('_', '-')}"
+        for name in ("max_false_reject", "guarantee", "tail")
+        if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
+    ]
+    if given:
+        raise click.UsageError(
+            f"{' and '.join(given)}: without good images to calibrate on no rate can be kept: leave it out, or give "
+            "another --calibration"
+        )
 
 
 def _refuse_beside_update(context: click.Context) -> None:

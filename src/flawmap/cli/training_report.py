@@ -19,8 +19,11 @@ def threshold_lines(detector: Detector) -> list[str]:
     from flawmap.errors import FlawmapError
     from flawmap.report.wording import short_path
 
-    rate, calibration, tail = detector.max_false_reject, detector.calibration_, detector.guarantee == "tail"
-    lines = [detector.threshold_.describe()]
+    rate, tail = detector.max_false_reject, detector.guarantee == "tail"
+    calibration, threshold = detector.calibration_, detector.threshold_
+    if calibration is None or threshold is None:
+        return [detector.inspector().judge.describe()]
+    lines = [threshold.describe()]
     if tail:
         lines.append(f"not used: {calibration.threshold(rate).describe_again()}")
     decisive = calibration.decisive(rate, "marginal" if tail else detector.guarantee)
@@ -33,7 +36,7 @@ def threshold_lines(detector: Detector) -> list[str]:
     if not tail:
         try:
             other = calibration.threshold(rate, "tail")
-            text = other.describe() if detector.threshold_.promises else other.describe_again()
+            text = other.describe() if threshold.promises else other.describe_again()
             lines.append(f"not used, --tail keeps it: {text}")
         except FlawmapError as refusal:
             lines.append(f"no threshold from the tail: {refusal}")
@@ -74,6 +77,29 @@ def _unlearnt(one: Atypical, inspection: Inspection) -> Inspection:
         p_value=one.p_value,
         maps=one.maps if one.maps.shape == inspection.maps.shape else None,
     )
+
+
+def write_findings(path: Path, detector: Detector) -> None:
+    """What training found, in JSON."""
+    import json
+    import os
+
+    from flawmap.files import replacing
+
+    threshold = detector.threshold_
+    content = {
+        "method": detector.method,
+        "threshold": None if threshold is None else threshold.value,
+        "false_reject_rate": None if threshold is None else threshold.rate,
+        "guarantee": None if threshold is None else threshold.guarantee,
+        "told": "" if threshold is None else threshold.describe(),
+        "unusual": [
+            {"path": os.fspath(one.path), "score": one.score, "p_value": one.p_value} for one in detector.atypical_
+        ],
+        "left_out": [str(error) for error in detector.left_out_],
+    }
+    with replacing(path) as file:
+        file.write(json.dumps(content, indent=1).encode())
 
 
 def write_report(path: Path, detector: Detector, dataset: Dataset) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from flawmap.cli.options import SEED
+from flawmap.cli.options import MAX_PIXELS, SEED
 from flawmap.cli.say import say, say_all
 
 
@@ -28,6 +28,7 @@ from flawmap.cli.say import say, say_all
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of the synthetic defects.")
 @click.option("--engine", default="auto", show_default=True, help="auto, openvino, onnxruntime or torch.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@MAX_PIXELS
 def tune_command(
     model: Path,
     data: Path,
@@ -71,5 +72,5 @@ def tune_command(
         tuned, tuning = tune(detector, dataset, grid=grid or None, seed=seed, oracle=oracle, progress=progress)
     tuned.save(output)
     say_all(tuning.describe())
-    say_all(tuned.threshold_.describe())
+    say_all(tuned.inspector().judge.describe())
     say(f"wrote {output}")

@@ -45,9 +45,10 @@ class VerdictLines:
         elif inspection.score is None:
             click.echo(f"{printable(values['path']):<{self.width}}  {'error':<7}")
         else:
+            p_value = "-" if inspection.p_value is None else f"{inspection.p_value:.4f}"
             click.echo(
-                f"{printable(values['path']):<{self.width}}  {inspection.verdict:<7}  {inspection.score:9.4g}  "
-                f"{inspection.p_value:7.4f}  {len(inspection.regions):7d}{'*' if inspection.overruled else ''}"
+                f"{printable(values['path']):<{self.width}}  {inspection.verdict or '-':<7}  {inspection.score:9.4g}  "
+                f"{p_value:>7}  {len(inspection.regions):7d}{'*' if inspection.overruled else ''}"
             )
 
     def _row(self, values: Iterable[object]) -> None:

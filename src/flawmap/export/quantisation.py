@@ -85,7 +85,7 @@ def quantise(
     quantised = _quantised(graph, list(model_inputs(ranges, preparation)), preparation.masked)
     progress("quantisation", 1, 1)
     whole, eighth = inspector_of(graph, content), inspector_of(quantised, content)
-    calibration = _calibration(eighth, unseen, detector.calibration_)
+    calibration = _calibration(eighth, unseen)
     before, after = (_stand_out(one, unseen[:_SHOWN], detector, progress) for one in (whole, eighth))
     if before - after > max_drop:
         raise FlawmapError(
@@ -176,7 +176,7 @@ def _quantised(graph: bytes, inputs: Sequence[tuple[NDArray[Any], NDArray[np.boo
         return whole
 
 
-def _calibration(inspector: Inspector, images: Sequence[Path], before: Calibration) -> Calibration:
+def _calibration(inspector: Inspector, images: Sequence[Path]) -> Calibration:
     scores, peaks = [], []
     for inspection in inspector.stream(images):
         if inspection.score is not None:

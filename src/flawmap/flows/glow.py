@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flawmap.flows.blocks import ActNorm, Block, Flow, Mixing, MixingKind
-from flawmap.flows.coupling import Coupling
+from flawmap.flows.coupling import Clamp, Coupling
 from flawmap.flows.subnets import mlp
 
 
@@ -20,15 +20,23 @@ class Glow(Flow):
         hidden: width of the couplings' networks, which have three layers.
         mixing: the matrix of each step.
         actnorm: whether steps normalise.
+        clamp: how log-scales are bounded; Glow's own is "sigmoid".
     """
 
     def __init__(
-        self, channels: int, steps: int, hidden: int, *, mixing: MixingKind = "plain", actnorm: bool = True
+        self,
+        channels: int,
+        steps: int,
+        hidden: int,
+        *,
+        mixing: MixingKind = "plain",
+        actnorm: bool = True,
+        clamp: Clamp = "tanh",
     ) -> None:
         blocks = list[Block]()
         for _ in range(steps):
             blocks += [ActNorm(channels)] if actnorm else []
-            blocks += [Mixing(channels, mixing), Coupling(channels, mlp(hidden, layers=3))]
+            blocks += [Mixing(channels, mixing), Coupling(channels, mlp(hidden, layers=3), clamp=clamp)]
         super().__init__(blocks)
         self.channels = channels
 

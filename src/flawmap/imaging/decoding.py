@@ -24,19 +24,44 @@ from flawmap.imaging.formats import FORMATS, HEAD, format_of, reader_of
 from flawmap.imaging.image_files import open_regular
 from flawmap.imaging.modes import is_deep, pixels_of
 from flawmap.imaging.orientation import orientation, turned, without_exif
+from flawmap.imaging.pieces import raw_pieces, tiff_pieces
 from flawmap.imaging.tiff import as_tagged, has_undeclared_sample, refuse_misread
 
 PIXEL_LIMIT = 178_000_000
-"""Larger pictures are refused before they are decoded. Just under where Pillow itself refuses some formats."""
+"""Larger pictures are refused before they are decoded, but within `pixel_limit`. Just under where Pillow itself refuses
+some formats."""
 
-IN_MEMORY = 1 << 31
-"""Larger files are decoded from the disk: their bytes are not held beside their pixels."""
+IN_MEMORY = 1 << 26
+"""Bytes; larger files are decoded from the disk: they are not held beside their pixels."""
+
+WHOLE = 1 << 25
+"""Pixels; larger pictures are decoded piece by piece where the format allows it, and else converted so."""
 
 PATIENCE = 2.0
 """Seconds that a file which changes while it is read is waited for."""
 
 _WHITES = (255, 1023, 4095, 16383, 65535)
 _BRIGHTEST = 0.001
+_BAND = 1 << 22  # pixels converted at a time
+
+
+class _Limit:
+    """What `pixel_limit` has set for the whole process: images are read in threads of their own."""
+
+    pixels = PIXEL_LIMIT
+
+
+@contextmanager
+def pixel_limit(most: int) -> Iterator[None]:
+    """Within it pictures of up to `most` pixels are read, in all threads of the process, instead of `PIXEL_LIMIT`."""
+    before = _Limit.pixels, Image.MAX_IMAGE_PIXELS
+    _Limit.pixels = most
+    if before[1] is not None:  # by which Pillow's readers of GIF, TIFF and WebP refuse on their own
+        Image.MAX_IMAGE_PIXELS = max(before[1], most)
+    try:
+        yield
+    finally:
+        _Limit.pixels, Image.MAX_IMAGE_PIXELS = before
 
 
 def read_image(path: Path) -> NDArray[Any]:
@@ -52,7 +77,7 @@ def read_image(path: Path) -> NDArray[Any]:
 
     Raises:
         ImageError: the file is missing, unreadable, empty, damaged, cut off, not a picture, no regular file, animated,
-            multi-page, of more than `PIXEL_LIMIT` pixels, still being written, or its values do not fit 16 bits.
+            multi-page, of more pixels than the limit, still being written, or its values do not fit 16 bits.
     """
     return read_image_and_digest(path)[0]
 
@@ -192,13 +217,14 @@ def _picture(file: BinaryIO) -> ImageFile:
     if kind is None:
         raise ImageError(f"is not a {FORMATS} picture; convert it or leave it out")
     image = _open(file, reader_of(kind))
-    if image.width * image.height > PIXEL_LIMIT:
+    if (count := image.width * image.height) > _Limit.pixels:
         raise TooManyPixelsError(
-            f"has {image.width * image.height} pixels, over the limit of {PIXEL_LIMIT}; cut it into parts or shrink it"
+            f"has {count} pixels, over the limit of {_Limit.pixels}; cut it into parts, shrink it, or read it all the "
+            f"same with --max-pixels {count}"
         )
-    frames = 1 if kind == "HEIF" else getattr(image, "n_frames", 1)
-    if frames > 1:
-        raise ImageError(f"holds {frames} pictures (animated or multi-page); save each to its own file")
+    # Whether there is a second one: to count them takes as long as a file of many asks for.
+    if kind != "HEIF" and getattr(image, "is_animated", False):
+        raise ImageError("holds several pictures (animated or multi-page); save each to its own file")
     if isinstance(image, TiffImageFile):
         refuse_misread(image)
     return image
@@ -211,7 +237,7 @@ def _open(file: BinaryIO, reader: type[ImageFile]) -> ImageFile:
         return reader(file)
     except Exception:  # of nearly every type
         file.seek(0)
-        without = without_exif(file.read(IN_MEMORY))
+        without = without_exif(file.read())
         if without is None:
             raise
     content, exif = without
@@ -220,27 +246,59 @@ def _open(file: BinaryIO, reader: type[ImageFile]) -> ImageFile:
     return image
 
 
-def _decoded(file: BinaryIO) -> NDArray[Any]:
-    """The pixels of the picture in an open file.
+def _decoded(file: BinaryIO, *, cut: bool = True) -> NDArray[Any]:
+    """The pixels of the picture in an open file; with `cut`, a large one's piece by piece where that can be done.
 
     Raises:
         ImageError, Exception: as `_picture`.
     """
     image = _picture(file)
+    large = image.width * image.height > WHOLE
+    if large and cut:
+        pieces = tiff_pieces(image, file) if isinstance(image, TiffImageFile) else raw_pieces(image, file)
+        if pieces is not None:
+            parts = (_decoded(piece, cut=False) if isinstance(piece, BytesIO) else piece for piece in pieces)
+            return turned(_joined(parts, image.height), 1 if isinstance(image, TiffImageFile) else orientation(image))
     with _large(image):
         if has_deep_colours(image):
             pixels: NDArray[Any] = read_deep_colours(image, lambda: _picture(file))
             return pixels if isinstance(image, TiffImageFile) else turned(pixels, orientation(image))
         image.load()
-    if not isinstance(image, TiffImageFile):  # whose reader has turned it already
-        return turned(pixels_of(image), orientation(image))
+        pixels = _joined(map(_whole, _bands(image)), image.height) if large else _whole(image)
+    return pixels if isinstance(image, TiffImageFile) else turned(pixels, orientation(image))
+
+
+def _whole(image: Image.Image) -> NDArray[Any]:
+    """The pixels of a loaded picture, as stored but for a TIFF, which its reader has turned."""
+    if not isinstance(image, TiffImageFile):
+        return pixels_of(image)
     undeclared = has_undeclared_sample(image)
     return as_tagged(pixels_of(image.convert("RGB") if undeclared else image), image, image.mode)
 
 
+def _bands(image: Image.Image) -> Iterator[Image.Image]:
+    """A loaded picture in bands of rows, none of which has as many pixels as a large picture."""
+    rows = max(1, _BAND // image.width)
+    for top in range(0, image.height, rows):
+        yield image.crop((0, top, image.width, min(top + rows, image.height)))
+
+
+def _joined(parts: Iterable[NDArray[Any]], height: int) -> NDArray[Any]:
+    """Consecutive rows as one array."""
+    joined: NDArray[Any] | None = None
+    done = 0
+    for part in parts:
+        if joined is None:
+            joined = np.empty((height, *part.shape[1:]), part.dtype)
+        joined[done : done + len(part)] = part
+        done += len(part)
+    assert joined is not None
+    return joined
+
+
 @contextmanager
 def _large(image: ImageFile) -> Iterator[None]:
-    """Keeps Pillow from warning of a size that PIXEL_LIMIT has judged."""
+    """Keeps Pillow from warning of a size that has been judged."""
     if image.width * image.height <= (Image.MAX_IMAGE_PIXELS or PIXEL_LIMIT):
         yield
         return

@@ -7,9 +7,7 @@ twice, once for the upper bytes and once for the lower.
 
 from __future__ import annotations
 
-import struct
 import sys
-import zlib
 from collections.abc import Callable
 
 import numpy as np
@@ -20,6 +18,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 from flawmap.errors import ImageError
 from flawmap.imaging.modes import over_black
+from flawmap.imaging.png import png_of_rows
 from flawmap.imaging.tiff import has_undeclared_sample
 
 _NATIVE = "L" if sys.byteorder == "little" else "B"
@@ -69,16 +68,7 @@ def read_deep_colours(image: ImageFile, again: Callable[[], ImageFile]) -> NDArr
 
 def png_of_deep_colours(pixels: NDArray[np.uint16]) -> bytes:
     """A PNG file of uint16 (H, W, 3), which Pillow does not write."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    height, width = pixels.shape[:2]
-    rows = pixels.astype(">u2").reshape(height, -1).view(np.uint8)
-    unfiltered = np.concatenate([np.zeros((height, 1), np.uint8), rows], axis=1)
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0))
-    data = chunk(b"IDAT", zlib.compress(unfiltered.tobytes(), 1))
-    return b"\x89PNG\r\n\x1a\n" + header + data + chunk(b"IEND", b"")
+    return b"".join(png_of_rows((pixels.shape[0], pixels.shape[1]), [pixels], level=1))
 
 
 def _joined(upper: NDArray[np.uint8], lower: NDArray[np.uint8]) -> NDArray[np.uint16]:

@@ -4,23 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from PIL.PngImagePlugin import PngInfo
-
 OVERLAY, MAP = "_overlay.png", "_map.png"
 """How the names of heatmaps and maps end."""
 SMALL = "index_files"
 """The folder of the small pictures, beside the page that shows them."""
 JPEG_MARK = b"written by flawmap"
 """The comment of a JPEG that flawmap writes."""
-_MARKS = (b"Software\x00flawmap", JPEG_MARK)
+OWN = "flawmap"
+"""What a PNG that flawmap writes names as its software."""
+_MARKS = (b"Software\x00" + OWN.encode(), JPEG_MARK)
 _HEAD = 256  # bytes: the mark comes before the pixels
-
-
-def png_mark() -> PngInfo:
-    """What marks a PNG that is about to be written."""
-    mark = PngInfo()
-    mark.add_text("Software", "flawmap")
-    return mark
 
 
 def is_own(path: Path) -> bool:

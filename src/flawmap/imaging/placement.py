@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -72,22 +73,26 @@ class Placement:
 
     def inside(self) -> NDArray[np.bool_]:
         """(T, h, w), True where the centre of a model pixel lies on the image and in the region of interest."""
-        return self._sampled(self.region)
+        return np.stack(list(self.each_inside()))
+
+    def each_inside(self) -> Iterator[NDArray[np.bool_]]:
+        """`inside`, window by window."""
+        return (self._sampled(self.region, window) for window in self.windows)
 
     def project(self, mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """A bool (H, W) mask in the model inputs, by nearest neighbour: (T, h, w), False in the padding."""
-        return self._sampled(mask if self.alignment is None else self.alignment.warp(mask))
+        mask = mask if self.alignment is None else self.alignment.warp(mask)
+        return np.stack([self._sampled(mask, window) for window in self.windows])
 
-    def _sampled(self, mask: NDArray[np.bool_] | None) -> NDArray[np.bool_]:
-        """A mask of the frame in the model inputs, by nearest neighbour; None is True everywhere."""
-        sampled = np.zeros((len(self.windows), *self.input_size), np.bool_)
-        for window, target in zip(self.windows, sampled, strict=True):
-            content = content_slices(window, self.frame, self.input_size)
-            if mask is None:
-                target[content] = True
-            else:
-                cut = cut_window(mask.view(np.uint8), window, self.input_size, Image.Resampling.NEAREST)
-                target[content] = cut[content]
+    def _sampled(self, mask: NDArray[np.bool_] | None, window: Window) -> NDArray[np.bool_]:
+        """A mask of the frame in a model input (h, w), by nearest neighbour; None is True everywhere."""
+        sampled = np.zeros(self.input_size, np.bool_)
+        content = content_slices(window, self.frame, self.input_size)
+        if mask is None:
+            sampled[content] = True
+        else:
+            cut = cut_window(mask.view(np.uint8), window, self.input_size, Image.Resampling.NEAREST)
+            sampled[content] = cut[content]
         return sampled
 
     def lay_back(self, maps: Iterable[NDArray[np.floating[Any]]]) -> NDArray[np.float32]:
@@ -103,20 +108,50 @@ class Placement:
         Returns:
             float32 (H, W), NaN where nothing was scored.
         """
+        bands = list(self.lay_back_rows(maps))
+        return bands[0] if len(bands) == 1 else np.concatenate(bands)
+
+    def lay_back_rows(self, maps: Iterable[NDArray[np.floating[Any]]]) -> Iterator[NDArray[np.float32]]:
+        """`lay_back` in bands of rows (r, W), from the top, of which a large image need not hold all.
+
+        They end where the next row of windows begins; with an alignment there is one only.
+        """
+        if self.alignment is None:
+            yield from self._in_frame(maps)
+            return
+        yield self.alignment.unwarp(np.concatenate(list(self._in_frame(maps))))
+
+    def _in_frame(self, maps: Iterable[NDArray[np.floating[Any]]]) -> Iterator[NDArray[np.float32]]:
+        """The maps on the frame, in bands of rows."""
         rows = _ramps({(w.top, w.bottom) for w in self.windows}, self.frame[0])
         columns = _ramps({(w.left, w.right) for w in self.windows}, self.frame[1])
-        laid = np.full(self.frame, np.nan, np.float32)
-        # Whole, so that the masks are made once; a bool array is a quarter of the maps.
-        inside = None if self.region is None else self.inside()
-        for i, (window, values) in enumerate(zip(self.windows, maps, strict=True)):
+        insides = repeat(None) if self.region is None else self.each_inside()
+        done = 0  # rows
+        laid = np.empty((0, self.frame[1]), np.float32)  # the rows from there on that have begun
+
+        def until(end: int) -> NDArray[np.float32]:
+            band = laid[: end - done]
+            if len(band) < end - done:
+                band = np.concatenate([band, _nowhere(end - done - len(band), self.frame[1])])
+            if self.region is not None:
+                band[~self.region[done:end]] = np.nan
+            return band
+
+        for (window, values), inside in zip(zip(self.windows, maps, strict=True), insides, strict=False):
             down, across = rows[window.top, window.bottom], columns[window.left, window.right]
+            if down.pixels.start > done:
+                yield until(down.pixels.start)
+                laid = laid[down.pixels.start - done :].copy()
+                done = down.pixels.start
+            if down.pixels.stop > done + len(laid):
+                laid = np.concatenate([laid, _nowhere(down.pixels.stop - done - len(laid), self.frame[1])])
             tile = self._enlarge(
                 np.asarray(values, np.float32),
                 window,
                 (down.pixels, across.pixels),
-                None if inside is None else inside[i],
+                inside,
             )
-            target = laid[down.pixels, across.pixels]
+            target = laid[down.pixels.start - done : down.pixels.stop - done, across.pixels]
             fresh = np.isnan(target)
             if fresh.all():
                 target[:] = tile
@@ -127,9 +162,8 @@ class Placement:
             share /= down.before[:, None] + down.weight[:, None] * (across.before + across.weight)
             blended = target + share * (tile - target)
             target[:] = np.where(fresh, tile, np.where(np.isnan(tile), target, blended))
-        if self.region is not None:
-            laid[~self.region] = np.nan
-        return laid if self.alignment is None else self.alignment.unwarp(laid)
+        if done < self.frame[0]:
+            yield until(self.frame[0])
 
     def _enlarge(
         self,
@@ -150,6 +184,10 @@ class Placement:
         weights = _resample(seen.astype(np.float32), heights, widths)
         total = _resample(np.where(seen, values, np.float32(0)), heights, widths)
         return np.divide(total, weights, out=np.full_like(total, np.nan), where=weights > 1e-6)
+
+
+def _nowhere(height: int, width: int) -> NDArray[np.float32]:
+    return np.full((height, width), np.nan, np.float32)
 
 
 class _Ramp(NamedTuple):

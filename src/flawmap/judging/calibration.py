@@ -34,6 +34,7 @@ class Threshold:
         guarantee: "marginal" (on average over calibration sets), "confidence" (with 95 % confidence), "estimate"
             (cross-fitted scores, which promise nothing), "tail" (estimated from the upper tail of the scores, which
             promises nothing either) or "none".
+        images: how many calibration scores there are; 0 where the user gave the threshold and there are none.
         upper: the Clopper-Pearson upper bound on the rate with 95 % confidence; after cross-fitting an estimate too.
         missing: how many more good images the requested rate needs; 0 where it is kept.
         interval: of the rate, with 95 % confidence; of "tail" only.
@@ -68,6 +69,8 @@ class Threshold:
 
     def _described(self, caveat: str) -> str:
         good, bound = counted(self.images, "good image"), f"95 % upper bound {self.upper:.2%}"
+        if not self.images:
+            return f"threshold {self.value:.6g}, given by the user: no good images tell how many of them reach it"
         if self.guarantee == "none":
             reach = "reaches" if self.images == 1 else "reach"
             return f"threshold {self.value:.6g}, given by the user: {self.rate:.2%} of {good} {reach} it ({bound})"
@@ -177,6 +180,11 @@ class Calibration:
     def pixel_threshold(self, rate: float = 0.01) -> Threshold:
         """Where regions are cut: the conformal quantile of the maps' maxima, so a good image rarely shows a region."""
         return threshold_for(self.peaks, rate, "marginal", promised=self.mode in _PROMISING)
+
+
+def uncalibrated(value: float) -> Threshold:
+    """A threshold the user names where no scores of good images say what it rejects: any rate is possible."""
+    return Threshold(float(np.float32(value)), 1.0, None, "none", 1.0, 0, 0)
 
 
 def p_value(scores: NDArray[np.float32], score: float) -> float:

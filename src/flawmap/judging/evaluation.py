@@ -51,7 +51,8 @@ class Scored:
         kind: "good" or the kind of defect.
         defective: what is known of it.
         score: None where there is none.
-        verdict: "error" where it could not be judged: it has no score, or the capture check refuses it.
+        verdict: "error" where it could not be judged: it has no score, or the capture check refuses it. None where
+            there is no threshold.
         anomaly_map: (h, w) float32; None for methods without a map.
         mask: (h, w) bool, at the map's size; None where a defect has none.
         milliseconds: what it took.
@@ -65,7 +66,7 @@ class Scored:
     kind: str
     defective: bool
     score: float | None
-    verdict: str
+    verdict: str | None
     anomaly_map: NDArray[np.float32] | None
     mask: NDArray[np.bool_] | None
     milliseconds: float
@@ -85,7 +86,7 @@ class Judged:
     defective: bool
     score: float | None
     p_value: float | None
-    verdict: str
+    verdict: str | None
     error: str | None
     on_defect: bool | None = None
 
@@ -103,6 +104,7 @@ class EvaluationReport:
         figures: each of `FIGURES`. `ORACLE_RATES` are read off the test set's own good images, at thresholds chosen
             with the labels in view: the lowest escape rate with no more good images rejected than the model's own
             threshold does, and the shares of defective images caught with so much overkill at most.
+            `RATES`, and the first of these, are None without a threshold.
         intervals: (low, high) of each figure with 95 % confidence: Clopper-Pearson for `RATES`, bootstrap over
             images, good and defective ones, for the others.
         kinds: for each kind of image: how many were scored (`images`), how many of them `rejected`, `unsure`, and
@@ -133,6 +135,11 @@ class EvaluationReport:
     def errors(self) -> int:
         """How many images could not be judged."""
         return len(self.unjudged)
+
+    @property
+    def decides(self) -> bool:
+        """Whether there are verdicts: without a threshold there are scores alone."""
+        return all(judged.verdict is not None for judged in self.results)
 
     @property
     def unsure(self) -> int:
@@ -180,7 +187,7 @@ def evaluate(scored: Iterable[Scored], settings: dict[str, Any] | None = None) -
     results: list[Judged] = []
     scores: list[float] = []
     labels: list[bool] = []
-    verdicts: list[str] = []
+    verdicts: list[str | None] = []
     times: list[float] = []
     unjudged: list[str] = []
     kinds: dict[str, dict[str, int]] = {}
@@ -220,13 +227,14 @@ def evaluate(scored: Iterable[Scored], settings: dict[str, Any] | None = None) -
     for name, attribute in PIXEL_FIGURES.items():
         figures[name] = getattr(found, attribute, math.nan)
         intervals[name] = spread.get(attribute)
-    missed = [verdict == "good" for verdict, defective in zip(verdicts, labels, strict=True) if defective]
-    overkill = [verdict == "defect" for verdict, defective in zip(verdicts, labels, strict=True) if not defective]
+    decided = [] if None in verdicts else list(zip(verdicts, labels, strict=True))
+    missed = [verdict == "good" for verdict, defective in decided if defective]
+    overkill = [verdict == "defect" for verdict, defective in decided if not defective]
     for name, events in (("escape_rate", missed), ("overkill_rate", overkill)):
         figures[name] = sum(events) / len(events) if events else math.nan
         intervals[name] = binomial_interval(sum(events), len(events)) if events else None
     own = sum(overkill) / len(overkill) if overkill else 0.0
-    figures["escape_rate_oracle"] = best_escape_rate(scores, labels, own)
+    figures["escape_rate_oracle"] = best_escape_rate(scores, labels, own) if decided else math.nan
     (low, high), *caught = bootstrap_caught(scores, labels, [own, *CAUGHT_AT.values()])
     intervals["escape_rate_oracle"] = 1 - high, 1 - low
     for (name, rate), interval in zip(CAUGHT_AT.items(), caught, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flawmap.imaging.placement import Placement
+from flawmap.imaging.window_maps import each
+
+LARGE = 1 << 24
+"""Pixels; the maps of larger images are worked on in bands of rows."""
 
 Verdict = Literal["good", "defect", "unsure", "error"]
 
@@ -45,8 +50,8 @@ class Inspection:
     Attributes:
         path: the file; None for an array.
         verdict: "defect" where score >= threshold, else "good"; "unsure" between two thresholds, only where that was
-            asked for; "error" where it could not be judged; None where the detector is not calibrated, after
-            `with_settings(calibrate=False)`.
+            asked for; "error" where it could not be judged; None where there is no threshold: after
+            `with_settings(calibrate=False)`, and of a detector fitted with calibration "none".
         score: raw, in the method's own units, higher is more abnormal. None with "error".
         p_value: the share of good images expected to score as high; None with "error" and where there is no verdict.
         threshold, pixel_threshold: what score and map were held against.
@@ -84,13 +89,27 @@ class Inspection:
         """(H, W) float32 on the original pixels, NaN where nothing was scored."""
         return None if self.maps is None or self.placement is None else self.placement.lay_back(self.maps)
 
+    def map_rows(self) -> Iterator[NDArray[np.float32]]:
+        """`anomaly_map` in bands of rows (r, W), from the top; nothing where there is none.
+
+        Those of a large image are made anew each time, so that it is never held whole.
+        """
+        if self.maps is None or self.placement is None:
+            return
+        height, width = self.placement.size
+        if height * width > LARGE and "anomaly_map" not in self.__dict__:
+            yield from self.placement.lay_back_rows(each(self.maps))
+        elif self.anomaly_map is not None:
+            yield self.anomaly_map
+
     @cached_property
     def regions(self) -> list[Region]:
         """Where the map reaches the pixel threshold, largest peak first."""
-        if self.maps is None or self.pixel_threshold is None or self.maps.max() < self.pixel_threshold:
+        if self.maps is None or self.pixel_threshold is None:
             return []
-        assert self.anomaly_map is not None
-        return find_regions(self.anomaly_map, self.pixel_threshold)
+        if max(float(one.max()) for one in each(self.maps)) < self.pixel_threshold:
+            return []
+        return find_regions(self.map_rows(), self.pixel_threshold)
 
     @property
     def overruled(self) -> bool:
@@ -122,20 +141,76 @@ class Inspection:
         }
 
 
-def find_regions(anomaly_map: NDArray[np.float32], threshold: float) -> list[Region]:
-    """8-connected regions of (H, W) at or above `threshold`, largest peak first."""
+def find_regions(bands: Iterable[NDArray[np.float32]], threshold: float) -> list[Region]:
+    """8-connected regions of a map at or above `threshold`, largest peak first.
+
+    Args:
+        bands: of the map's rows (r, W), from the top.
+        threshold: of the map's values.
+    """
     from scipy import ndimage
 
-    labels, _ = ndimage.label(anomaly_map >= threshold, structure=np.ones((3, 3)))
-    regions = []
-    for label, (rows, columns) in enumerate(ndimage.find_objects(labels), start=1):
-        mask = labels[rows, columns] == label
-        regions.append(
-            Region(
-                box=(columns.start, rows.start, columns.stop, rows.stop),
-                area=int(mask.sum()),
-                peak=float(anomaly_map[rows, columns][mask].max()),
-                mask=mask,
-            )
-        )
-    return sorted(regions, key=lambda region: -region.peak)
+    pieces: list[Region] = []  # of regions, each within a band
+    joined: list[int] = []  # of each piece an earlier one of the same region, or itself
+    top = 0
+    before: NDArray[np.int64] | None = None  # the row above, with the number of each pixel's piece from 1 on
+    for band in _cut(bands):
+        hot = band >= threshold
+        if not hot.any():
+            top, before = top + len(band), None
+            continue
+        labels, _ = ndimage.label(hot, structure=np.ones((3, 3)))
+        first = len(pieces)
+        for label, (rows, columns) in enumerate(ndimage.find_objects(labels), start=1):
+            mask = labels[rows, columns] == label
+            box = (columns.start, top + rows.start, columns.stop, top + rows.stop)
+            peak = float(band[rows, columns][mask].max())
+            joined.append(len(pieces))
+            pieces.append(Region(box, int(mask.sum()), peak, mask))
+        if before is not None:
+            _join(joined, before, _numbered(labels[0], first))
+        top, before = top + len(band), _numbered(labels[-1], first)
+    regions: dict[int, list[Region]] = {}
+    for number, piece in enumerate(pieces):
+        regions.setdefault(_root(joined, number), []).append(piece)
+    return sorted(map(_whole, regions.values()), key=lambda region: -region.peak)
+
+
+def _cut(bands: Iterable[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
+    for band in bands:
+        rows = max(1, LARGE // max(1, band.shape[1]))
+        for start in range(0, len(band), rows):
+            yield band[start : start + rows]
+
+
+def _numbered(labels: NDArray[np.int32], first: int) -> NDArray[np.int64]:
+    return np.where(labels > 0, labels + np.int64(first), 0)
+
+
+def _join(joined: list[int], above: NDArray[np.int64], below: NDArray[np.int64]) -> None:
+    """Joins the pieces that touch across two rows, each with the number of its pixels' pieces."""
+    width = len(above)
+    for aside in (-1, 0, 1):
+        pairs = np.stack([above[max(0, -aside) : width - max(0, aside)], below[max(0, aside) : width + min(0, aside)]])
+        for one, other in np.unique(pairs[:, pairs.all(axis=0)], axis=1).T.tolist():
+            low, high = sorted((_root(joined, one - 1), _root(joined, other - 1)))
+            joined[high] = low
+
+
+def _root(joined: list[int], number: int) -> int:
+    while joined[number] != number:
+        joined[number] = joined[joined[number]]
+        number = joined[number]
+    return number
+
+
+def _whole(pieces: list[Region]) -> Region:
+    if len(pieces) == 1:
+        return pieces[0]
+    lefts, tops, rights, bottoms = zip(*(piece.box for piece in pieces), strict=True)
+    left, top, right, bottom = box = (min(lefts), min(tops), max(rights), max(bottoms))
+    mask = np.zeros((bottom - top, right - left), np.bool_)
+    for piece in pieces:
+        x, y = piece.box[0] - left, piece.box[1] - top
+        mask[y : y + piece.mask.shape[0], x : x + piece.mask.shape[1]] |= piece.mask
+    return Region(box, sum(piece.area for piece in pieces), max(piece.peak for piece in pieces), mask)

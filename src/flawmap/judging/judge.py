@@ -12,14 +12,16 @@ from numpy.typing import NDArray
 
 from flawmap.errors import FlawmapError
 from flawmap.imaging.placement import Placement
-from flawmap.judging.calibration import GUARANTEES, Calibration, Threshold
+from flawmap.imaging.window_maps import each
+from flawmap.judging.calibration import GUARANTEES, Calibration, Threshold, uncalibrated
 from flawmap.judging.inspection import Inspection, Verdict
 from flawmap.ranges import SCORES, finite, rate
 
 
 @dataclass(frozen=True)
 class Judge:
-    """Gives verdicts. Made by `of`; without a calibration there are maps and scores, but no verdicts.
+    """Gives verdicts. Made by `of`; without a calibration there are maps and scores, but no verdicts, unless the user
+    names a threshold.
 
     Attributes:
         max_false_reject, guarantee: what the threshold is to keep.
@@ -72,8 +74,8 @@ class Judge:
 
         Raises:
             FlawmapError: both or neither are given, a rate outside (0, 1), an unknown guarantee, a threshold that is no
-                number, another guarantee with `tail`, `tail` or `unsure` with a threshold, there is no calibration, or
-                the tail cannot be fitted to its scores.
+                number, another guarantee with `tail`, `tail` or `unsure` with a threshold, a rate without a
+                calibration, or the tail cannot be fitted to its scores.
         """
         if tail and guarantee not in (None, "tail"):
             raise FlawmapError("a tail promises nothing: give --tail or --guarantee, not both")
@@ -89,13 +91,16 @@ class Judge:
             raise FlawmapError(f"unknown guarantee {guarantee}: choose {' or '.join(GUARANTEES)}")
         if threshold is not None:
             threshold = finite("--threshold", threshold, SCORES)
-        if self.calibration is None:
-            raise FlawmapError("a setting was moved without calibrating anew, so no threshold can be had: calibrate")
         if max_false_reject is not None:
+            if self.calibration is None:
+                raise FlawmapError(
+                    "there are no scores of good images to take a threshold from: give --threshold, or calibrate"
+                )
             kept = "tail" if tail else guarantee or self.guarantee
             return Judge.of(self.calibration, max_false_reject, kept, unsure=self.unsure if unsure is None else unsure)
         assert threshold is not None
-        return replace(self, threshold=self.calibration.threshold_at(threshold), unsure=False, other=None)
+        held = uncalibrated(threshold) if self.calibration is None else self.calibration.threshold_at(threshold)
+        return replace(self, threshold=held, unsure=False, other=None)
 
     @property
     def between(self) -> tuple[float, float] | None:
@@ -107,7 +112,11 @@ class Judge:
 
     def describe(self) -> str:
         """What the threshold promises, and what is unsure, in a line each."""
-        assert self.threshold is not None
+        if self.threshold is None:
+            return (
+                "no threshold, so no verdicts: all good images were learnt from (--calibration none), and none of them "
+                "tells what new ones score"
+            )
         lines = [self.threshold.describe()]
         if self.between is not None:
             low, high = self.between
@@ -160,7 +169,7 @@ class Judge:
             "statistics": statistics,
         }
         reason = refused if checked else None
-        if not np.isfinite(score) or (maps is not None and not bool(np.isfinite(maps).all())):
+        if not np.isfinite(score) or (maps is not None and not all(np.isfinite(one).all() for one in each(maps))):
             reason = "its score is not a finite number"
         if reason is not None:
             told = f"{path or 'the array'}: {reason}"
@@ -172,12 +181,12 @@ class Judge:
             "maps": maps,
             "placement": placement,
         }
-        if self.calibration is None or self.threshold is None:
+        if self.threshold is None:
             return Inspection(path, None, **known)
         return Inspection(
             path,
             self.verdict(score),
-            p_value=self.calibration.p_value(score),
+            p_value=None if self.calibration is None else self.calibration.p_value(score),
             threshold=self.threshold.value,
             pixel_threshold=self.pixel_threshold,
             unsure_between=self.between,

@@ -34,6 +34,7 @@ from flawmap.learning.views import Views
 from flawmap.learning.workspace import Workspace, identity, work_in
 from flawmap.line.engines import Engine, cpu_threads
 from flawmap.methods import Method
+from flawmap.report.overlays import HeatScale
 from flawmap.text import counted
 
 log = logging.getLogger(__name__)
@@ -92,12 +93,14 @@ class Fitted:
     """What came of it; the attributes are `Detector`'s, without the underscore at their end.
 
     Attributes:
+        calibration, heat: scores of good images, or, where all were learnt from, what heatmap colours mean.
         workspace: to be deleted once the rest is safe; None where there was none.
     """
 
     method: Method
     preparation: Preparation
-    calibration: Calibration
+    calibration: Calibration | None
+    heat: HeatScale | None
     capture_limits: CaptureLimits
     training: dict[str, Any]
     latents: Latents | None
@@ -121,6 +124,8 @@ def fit(
     announce: Announce,
 ) -> Fitted:
     """Learns from the good images `paths`, found in `source`, and calibrates: see `Detector.fit`."""
+    if drop_atypical and recipe.calibration == "none":
+        raise FlawmapError("--drop-atypical needs scores of good images: leave it or --calibration none out")
     if len(paths) < 2:
         raise FlawmapError(
             f"{counted(len(paths), 'good training image')} found in {source}: "
@@ -188,15 +193,17 @@ def fit(
             method, split, good = learning.learn(images)
         method.forget()
         latents = None
-        if kind.live and not split.reused:
+        if kind.live and split.held_out:
             latents = Latents.of(method, data.of(method), good.images, recipe.device)
-        calibration = Calibration(good.scores, good.peaks, good.mode)
+        calibration = Calibration(good.scores, good.peaks, good.mode) if split.calibrates else None
+        heat = HeatScale.from_learnt(good.peaks) if calibration is None and len(good.peaks) else None
         records = [data.of(method).record(i) for i in split.fitting]
         digests = sorted(data.digests[i] for i in split.fitting)
         return Fitted(
             method,
             _aligned(preparation, records),
             calibration,
+            heat,
             limits(records),
             {
                 "images": len(split.fitting),
@@ -208,7 +215,9 @@ def fit(
                 "levelling": good.levelling,
             },
             latents,
-            [
+            []
+            if calibration is None
+            else [
                 Atypical(data.paths[image], score, calibration.p_value(score), good.maps.get(image))
                 for i in np.argsort(-good.scores, kind="stable")
                 for image, score in [(good.images[i], float(good.scores[i]))]

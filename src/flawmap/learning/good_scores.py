@@ -33,7 +33,8 @@ Fit = Callable[[Sequence[int], str], Method]
 
 @dataclass(frozen=True)
 class Split:
-    """Positions of images to fit on and to calibrate on; with "loo" and "crossfit" the latter are the former.
+    """Positions of images to fit on and to calibrate on; with "loo" and "crossfit" the latter are the former, and with
+    "none" there are none.
 
     Images of one group, that is of the same content, never stand on both sides.
     """
@@ -42,6 +43,11 @@ class Split:
     held_out: list[int]
     mode: str
     groups: Sequence[int] = ()
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether any images do."""
+        return self.mode != "none"
 
     @property
     def reused(self) -> bool:
@@ -55,11 +61,13 @@ def calibration_images(calibration: str | Path) -> list[Path]:
     Raises:
         FlawmapError: it is neither, or there are none.
     """
-    if str(calibration) in ("auto", "holdout", "loo", "crossfit"):
+    if str(calibration) in ("auto", "holdout", "loo", "crossfit", "none"):
         return []
     folder = Path(calibration)
     if not folder.is_dir():
-        raise FlawmapError(f"--calibration {folder} is neither a folder of good images nor loo, holdout or crossfit")
+        raise FlawmapError(
+            f"--calibration {folder} is neither a folder of good images nor loo, holdout, crossfit or none"
+        )
     paths = find_images(folder)
     if not paths:
         raise FlawmapError(f"--calibration {folder} holds no images: put good images there that are not trained on")
@@ -80,7 +88,7 @@ def split_images(
         digests: of all images, those of a calibration folder last.
         groups: of all images; those of one group show the same.
         images: positions of the training images.
-        calibration: "auto", "holdout", "loo", "crossfit" or a folder.
+        calibration: "auto", "holdout", "loo", "crossfit", "none" or a folder.
         optimises: whether the method trains by gradient: it cannot leave images out afterwards, and is too dear to be
             trained once a fold.
         seed: of the split.
@@ -96,6 +104,8 @@ def split_images(
         mode = "holdout" if optimises else "loo"
     if mode in ("loo", "crossfit", "holdout") and len({groups[i] for i in images}) < 2:
         raise InputError("all training images show the same: give different ones, or --calibration FOLDER")
+    if mode == "none":
+        return Split(list(images), [], mode)
     if mode in ("loo", "crossfit"):
         return Split(list(images), [], mode, groups)
     if mode == "holdout":
@@ -161,7 +171,7 @@ def good_scores(
 
     A method that levels its maps learns to do so from these; each image is then scored by what the others taught.
     Without `level` it keeps to what it has learnt. Where images cannot be left out in closed form, "loo" becomes
-    "crossfit".
+    "crossfit". With "none" the images that were learnt from are scored, which says nothing of new ones.
     """
 
     def rated(part: _Part) -> _Rated:
@@ -175,7 +185,9 @@ def good_scores(
 
     levelling, highest = None, HighestMaps()
     with torch.no_grad():
-        if method.levelling is not None and level:  # only this needs all maps at once
+        if method.levelling is not None and not split.calibrates:
+            levelling = "maps are not levelled: --calibration none leaves no good image to learn their usual level from"
+        if method.levelling is not None and level and split.calibrates:  # only this needs all maps at once
             parts, mode = _score(method, data, split, seed, device, progress, fit, lambda part: part.to("cpu"))
             parts, levelling = _levelled(method, data, split, parts)
             ratings = [rated(part.to(device)) for part in parts]
@@ -203,7 +215,7 @@ def _score(
     kept: Callable[[_Part], _Of],
 ) -> tuple[list[_Of], str]:
     """What is `kept` of each part that is scored, and how it was: a mode of `Split`."""
-    images = split.fitting if split.reused else split.held_out
+    images = split.held_out or split.fitting
     found: list[_Of] = []
     done: set[int] = set()
 

@@ -51,7 +51,6 @@ def _scored(
     inspections = inspector.without_capture_check().stream(sample.path for sample in samples)
     for number, (sample, inspection) in enumerate(zip(samples, inspections, strict=True), start=1):
         verdict, error = inspection.verdict, inspection.error
-        assert verdict is not None
         if inspection.refused and verdict != "error" and inspector.capture_check:
             verdict, error = "error", f"{sample.path}: {inspection.refused}"
         truth = None

@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 
 from flawmap.errors import FlawmapError, shortage
 from flawmap.files import open_regular
-from flawmap.judging.judge import Judge
 from flawmap.line.engines import check_graph_engine, compile_graph
 from flawmap.line.graph_check import HostileGraphError, check_graph
 from flawmap.line.inspector import Inspector
@@ -131,14 +130,12 @@ def inspector_of(
     card = ModelCard.from_json(content, arrays_from_json(content["arrays"]))
     outputs = ("map", "score", "embedding") if card.localises else ("score", "embedding")
     compiled = compile_graph(graph, engine, outputs=outputs, threads=threads)
-    assert card.calibration is not None
-    judge = Judge.of(card.calibration, card.max_false_reject, card.guarantee)
     live, mover = content["live"], None
     if live is not None:
         if set(live) != {"settings", "buffers", "images"} or not set(live["settings"]) <= set(card.config):
             raise ValueError("its live settings are not those of its method")
         mover = Mover(card, compiled, live, content["model"])
-    return Inspector(card, compiled, judge, content["model"], mover)
+    return Inspector(card, compiled, card.judge(), content["model"], mover)
 
 
 def _unfit(path: Path, error: Exception) -> FlawmapError:

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, overload
@@ -21,6 +21,7 @@ from flawmap.errors import FlawmapError, ImageError, lab_is_missing
 from flawmap.imaging.arrays import as_pixels
 from flawmap.imaging.image_files import find_images
 from flawmap.imaging.reading import BATCH, Batch, Picture, as_source, is_several, pack, read_batches
+from flawmap.imaging.window_maps import WindowMaps
 from flawmap.judging.inspection import Inspection
 from flawmap.judging.judge import Judge
 from flawmap.line.engines import Engine
@@ -66,6 +67,7 @@ class Inspector:
         self._mover = mover
         self._warm: set[int] = set()  # batch sizes that the engine has made its kernels for
         self._warming = threading.Lock()
+        self._process = os.getpid()
 
     @classmethod
     def load(
@@ -144,16 +146,20 @@ class Inspector:
         return other
 
     def heat_scale(self) -> HeatScale | None:
-        """What heatmap colours mean, from good images alone; None for methods without a map, or before calibration."""
-        if self.judge.calibration is None or self.judge.pixel_threshold is None:
-            return None
-        return HeatScale.from_good(self.judge.calibration.peaks, self.judge.pixel_threshold)
+        """What heatmap colours mean; None for methods without a map, or before calibration.
+
+        It comes from good images that were not learnt from, or, where all were, from those: new good images may glow.
+        """
+        if self.judge.calibration is not None and self.judge.pixel_threshold is not None:
+            return HeatScale.from_good(self.judge.calibration.peaks, self.judge.pixel_threshold)
+        return None if self.card.heat is None else HeatScale(*self.card.heat, learnt=True)
 
     def settings(self) -> dict[str, Any]:
         """What made this inspector, as reports show it."""
         threshold = self.judge.threshold
         return {
             "method": self.card.method,
+            **({"preset": self.card.training["preset"]} if "preset" in self.card.training else {}),
             "backbone": self.card.backbone,
             "image_size": list(self.card.preparation.image_size),
             "geometry": str(self.card.preparation.geometry),
@@ -230,13 +236,17 @@ class Inspector:
     def _ahead(self, batches: Iterator[Batch]) -> Iterator[tuple[list[_Output], list[Picture]]]:
         """Runs each batch while the caller is still busy with the one before."""
         with ThreadPoolExecutor(1) as pool:
-            waiting: tuple[Future[list[_Output]], Batch] | None = None
+            waiting: tuple[Future[list[_Output]], list[Picture]] | None = None
             for batch in batches:
-                before, waiting = waiting, (pool.submit(self._run, batch), batch)
+                before, waiting = waiting, (pool.submit(self._run, batch), batch.pictures)
                 if before is not None:
-                    yield before[0].result(), before[1].pictures
+                    yield before[0].result(), before[1]
+                if batch.large:  # the next is not read before this one's verdict is out
+                    yield waiting[0].result(), waiting[1]
+                    waiting = None
+                del before, batch
             if waiting is not None:
-                yield waiting[0].result(), waiting[1].pictures
+                yield waiting[0].result(), waiting[1]
 
     def _run(self, batch: Batch) -> list[_Output]:
         """What came of each model input of a batch."""
@@ -254,7 +264,17 @@ class Inspector:
         ]
 
     def _prepare(self, count: int) -> None:
-        """One run of a batch size that the engine has not seen: what it compiles then is no image's time."""
+        """One run of a batch size that the engine has not seen: what it compiles then is no image's time.
+
+        Raises:
+            FlawmapError: this is a fork of the process that made the engine, whose threads are not there: it would wait
+                for them for ever.
+        """
+        if os.getpid() != self._process:
+            raise FlawmapError(
+                "the model was loaded before this process was forked, and its engine's threads stayed behind: load it "
+                "in each process, or start processes by spawn"
+            )
         if count in self._warm:
             return
         with self._warming:
@@ -266,19 +286,26 @@ class Inspector:
 
     def _judged(self, ran: Iterable[tuple[list[_Output], list[Picture]]]) -> Iterator[Inspection]:
         waiting: deque[_Output] = deque()
+        maps = WindowMaps()
         for outputs, pictures in ran:
             waiting += outputs
-            for picture in pictures:
+            while pictures:  # let go one by one, with their pixels, before the next is judged
+                picture = pictures.pop(0)
                 if picture.error is not None:
                     yield Inspection(picture.path, "error", error=str(picture.error))
                 else:
-                    yield self._judge(picture, [waiting.popleft() for _ in range(picture.windows)])
+                    yield self._judge(picture, [waiting.popleft() for _ in range(picture.windows)], maps)
+                del picture
+            # The rest belongs to one image, whose next windows are to come.
+            waiting = deque(output.without_map(maps) for output in waiting)
 
-    def _judge(self, picture: Picture, outputs: list[_Output]) -> Inspection:
+    def _judge(self, picture: Picture, outputs: list[_Output], before: WindowMaps) -> Inspection:
+        """`before` holds the maps of the first windows, where they came in earlier batches."""
         assert picture.placement is not None
         assert picture.statistics is not None
         start = time.perf_counter()
-        maps = None if outputs[0].map is None else np.stack([output.map for output in outputs])  # type: ignore[misc]
+        outputs = [output.without_map(before) for output in outputs]
+        maps = before.take()
         embedding = np.mean([output.embedding for output in outputs], axis=0)
         reason = self.card.captures.reason(picture.statistics, embedding)
         taken = picture.milliseconds + sum(output.milliseconds for output in outputs)
@@ -334,3 +361,10 @@ class _Output:
     score: float
     embedding: NDArray[np.float32]  # (M,)
     milliseconds: float
+
+    def without_map(self, maps: WindowMaps) -> _Output:
+        """The same, its map among those of its image."""
+        if self.map is None:
+            return self
+        maps.add(self.map)
+        return replace(self, map=None)

@@ -17,7 +17,8 @@ from flawmap.imaging.image_files import IMAGE_SUFFIXES
 from flawmap.imaging.preparation import Preparation
 from flawmap.imaging.registration import LONGEST
 from flawmap.judging.calibration import GUARANTEES, Calibration, Threshold
-from flawmap.ranges import SEEDS, SIDES, finite, rate, whole
+from flawmap.judging.judge import Judge
+from flawmap.ranges import SCORES, SEEDS, SIDES, finite, rate, whole
 
 _LARGEST = 100_000  # pixels of a picture's side
 
@@ -31,10 +32,12 @@ class ModelCard:
         backbone, backbone_digest, levels: the pretrained network and which of its levels are read.
         preparation: what is done to images first.
         captures: what a capture must be like to be judged.
-        calibration: scores of good images; None after a setting was moved, until they are scored anew.
+        calibration: scores of good images; None where all were learnt from, and after a setting was moved, until they
+            are scored anew.
         max_false_reject, guarantee: what the threshold is to keep.
         training: what it was fitted on: number of images, their digests, seed, engine, libraries.
         localises: whether the method has a map.
+        heat: without a calibration, what heatmap colours mean: `HeatScale.low` and `high`, from the images learnt from.
     """
 
     method: str
@@ -49,6 +52,7 @@ class ModelCard:
     guarantee: str
     training: Mapping[str, Any]
     localises: bool
+    heat: tuple[float, float] | None = None
 
     @property
     def capture_check(self) -> bool:
@@ -59,9 +63,15 @@ class ModelCard:
         """The threshold that keeps the rate asked for in training."""
         return None if self.calibration is None else self.calibration.threshold(self.max_false_reject, self.guarantee)
 
+    def judge(self) -> Judge:
+        """What judges by that threshold; without a calibration it gives no verdicts."""
+        if self.calibration is None:
+            return Judge(self.max_false_reject, self.guarantee)
+        return Judge.of(self.calibration, self.max_false_reject, self.guarantee)
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types; `preparation.arrays()` holds the rest."""
-        assert self.calibration is not None
+        kept = self.calibration
         return {
             "method": self.method,
             "config": dict(self.config),
@@ -70,11 +80,10 @@ class ModelCard:
             "levels": list(self.levels),
             "preparation": self.preparation.to_json(),
             "captures": self.captures.to_json(),
-            "calibration": {
-                "mode": self.calibration.mode,
-                "scores": self.calibration.scores.tolist(),
-                "peaks": self.calibration.peaks.tolist(),
-            },
+            "calibration": None
+            if kept is None
+            else {"mode": kept.mode, "scores": kept.scores.tolist(), "peaks": kept.peaks.tolist()},
+            **({} if self.heat is None else {"heat": list(self.heat)}),
             "max_false_reject": self.max_false_reject,
             "guarantee": self.guarantee,
             "training": dict(self.training),
@@ -89,8 +98,17 @@ class ModelCard:
             FlawmapError, KeyError, TypeError, ValueError: a value is missing or cannot be used.
         """
         _check_preparation(content["preparation"], arrays)
-        kept = content["calibration"]
-        scores, peaks = np.array(kept["scores"], np.float32), np.array(kept["peaks"], np.float32)
+        kept, calibration, heat = content["calibration"], None, content.get("heat")
+        if kept is not None:
+            scores, peaks = np.array(kept["scores"], np.float32), np.array(kept["peaks"], np.float32)
+            calibration = Calibration(scores, peaks, kept["mode"])
+        if heat is not None:
+            low, high = (finite("heat", value, SCORES) for value in heat)
+            if not low < high:
+                raise ValueError("its heat scale has no reach")
+            heat = low, high
+        if calibration is None and heat is None and content["localises"]:
+            raise ValueError("it has neither scores of good images nor a scale for its maps")
         kept_rate = rate("max_false_reject", content["max_false_reject"])
         if content["guarantee"] not in GUARANTEES:
             raise ValueError("its guarantee is unknown")
@@ -107,11 +125,12 @@ class ModelCard:
             tuple(map(str, content["levels"])),
             Preparation.from_json(content["preparation"], arrays),
             CaptureLimits.from_json(content["captures"]),
-            Calibration(scores, peaks, kept["mode"]),
+            calibration,
             kept_rate,
             content["guarantee"],
             dict(training),
             bool(content["localises"]),
+            heat,
         )
 
 

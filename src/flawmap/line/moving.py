@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from flawmap.errors import FlawmapError
 from flawmap.imaging.reading import BATCH
 from flawmap.judging.calibration import Calibration
-from flawmap.judging.judge import Judge
 from flawmap.line.engines import GraphEngine
 from flawmap.line.inspector import Inspector
 from flawmap.line.model_card import ModelCard
@@ -39,7 +38,8 @@ class Mover:
 
     def __call__(self, settings: Mapping[str, Any], calibrate: bool) -> Inspector:
         values = {**{name: self.card.config[name] for name in self.live["settings"]}, **self._checked(settings)}
-        if self.live["images"] is None:
+        before = self.card.calibration
+        if self.live["images"] is None and before is not None:
             raise FlawmapError(
                 f"{' and '.join(self.live['settings'])} can be moved only where good images were held out: train with "
                 "--calibration holdout or a folder, and export again"
@@ -52,14 +52,10 @@ class Mover:
             found = self.engine.run(inputs, [f"moved_{name}" for name in buffers])
             inputs |= dict(zip(buffers, found, strict=True))
         config = {**self.card.config, **values}
-        mode = self.card.calibration.mode if self.card.calibration is not None else ""
-        calibration = self._calibration(inputs, mode) if calibrate else None
+        calibration = self._calibration(inputs, before.mode) if calibrate and before is not None else None
         card = replace(self.card, config=config, calibration=calibration)
-        judge = Judge(card.max_false_reject, card.guarantee)
-        if calibration is not None:
-            judge = Judge.of(calibration, card.max_false_reject, card.guarantee)
         mover = replace(self, card=replace(self.card, config=config))
-        return Inspector(card, self.engine.moved(inputs), judge, self.digest, mover)
+        return Inspector(card, self.engine.moved(inputs), card.judge(), self.digest, mover)
 
     def _checked(self, settings: Mapping[str, Any]) -> dict[str, float]:
         """The settings as numbers, which may come as text from the command line."""

@@ -1,7 +1,8 @@
 """One file per paper, each reading like it, behind one contract and one registry."""
 
 from flawmap.methods.contract import Collect, Config, Method, Optimise, Stage, SyntheticDefects
-from flawmap.methods.registry import METHODS, automatic, configure, method_class
+from flawmap.methods.presets import Preset
+from flawmap.methods.registry import METHODS, automatic, configure, method_class, preset_of
 
 __all__ = [
     "METHODS",
@@ -9,9 +10,11 @@ __all__ = [
     "Config",
     "Method",
     "Optimise",
+    "Preset",
     "Stage",
     "SyntheticDefects",
     "automatic",
     "configure",
     "method_class",
+    "preset_of",
 ]

@@ -4,10 +4,11 @@ arXiv 2206.01992, and FastFlow: Yu et al., arXiv 2111.07677, of which it is a va
 A normalising flow on each feature map, whose couplings read their half by convolutions with attention between them,
 learns to turn the maps of good images into Gaussian noise; a position is as abnormal as its noise is improbable.
 
-Neither paper states its score; FastFlow's users read the probability exp(-1/2 mean_c z^2). Where this differs, and the
-setting that takes the difference back (`--preset paper` takes back all of them, `--preset fastflow` is that method):
+The score is the likelihood (Section 3.1), here its negative logarithm, which ranks alike and is not flat where defects
+are strong; programs of FastFlow read the probability exp(-1/2 mean_c z^2) (`scoring=probability`). Where this differs
+from the paper, and the setting that takes the difference back (`--preset paper` takes back all of them, `--preset
+fastflow` is that method):
 
-- The score is the negative log-likelihood (`scoring=probability`): an exponential is flat where defects are strong.
 - Levels count by their channels, as they do in the density of all of them at a position (`weights=equal`).
 - Half of the log-determinant counts in the map (`score_logdet`; 1: the density itself; 0: z alone), none in the image
   score (`image_logdet`). A flow stretches what is unusual less, so the log-determinant takes back some of what z says:
@@ -19,13 +20,17 @@ setting that takes the difference back (`--preset paper` takes back all of them,
 - Activation normalisation starts from the data and levels the channels, so no trainable LayerNorm precedes the flows
   (`feature_norm=true`). No paper has one; those who programmed FastFlow anew needed it for its figures. It is not part
   of the likelihood.
+- Scale and shift come from one network (Eq. 1 has two: `st_shared=false`), ReLU follows the first convolution (Eqs. 9
+  to 12 have none: `activation=false`), and log-scales are bounded (Eq. 1 has exp(s): `clamp=none`).
+- Levels meet on the finest's grid (`meet=input`: each is enlarged to the input's size).
 - Training is short, in small steps (`epochs`, `max_steps`, `learning_rate`, `batch_size`).
 
-Unstated, and read as: steps are flow steps; a permutation is fixed and drawn at random for each (`permutation`); scale
-and shift come from one network (`st_shared`); ReLU follows the first convolution (`activation`); log-scales are bounded
-(`clamp`, `bound`). Levels meet on the finest's grid, not at the input size. Tokens of transformers are normalised
-without gain and offset, which the flows have themselves. Equations 3 to 5 belong to inverse problems and have no part
-here.
+Unstated, and read as: steps are flow steps; a permutation is fixed and drawn at random for each (`permutation`); flows
+start as the identity (`zero_start=false`); the attention's r is 16 (`reduction`) and convolutions keep the width of
+their half (`hidden`); Adam with a decay of 1e-5 and, with `paper`, batches of 32. Eq. 11's third line multiplies F',
+which leaves the channel attention out; here the spatial attention multiplies F'', as in CBAM (Eq. 6). Tokens of
+transformers are normalised without gain and offset, which the flows have themselves. Equations 3 to 5 belong to inverse
+problems and have no part here.
 """
 
 from __future__ import annotations
@@ -43,6 +48,7 @@ from flawmap.backbones import Backbone, default_deep_levels, default_levels, lev
 from flawmap.flows import ActNorm, Block, Clamp, Coupling, Flow, Mixing, Separate, Subnet, convolutions
 from flawmap.methods.blocks.smoothing import Enlarge, largest, on_grid
 from flawmap.methods.contract import LevelledConfig, Method, Optimise, Stage, epochs_within
+from flawmap.methods.presets import Preset, read_presets
 
 
 class CAINNFlowConfig(LevelledConfig):
@@ -74,6 +80,8 @@ class CAINNFlowConfig(LevelledConfig):
     image_logdet: float = Field(0.0, ge=0, le=1, description="share of the log-determinant in the image score")
     image_score: Literal["position", "map"] = Field("position", description="largest value before, or after smoothing")
     weights: Literal["channels", "equal"] = Field("channels", description="what each level counts")
+    meet: Literal["finest", "input"] = Field("finest", description="where levels are averaged: finest grid, input size")
+    zero_start: bool = Field(True, description="last convolutions start at zero, and so flows as the identity")
     epochs: int = Field(20, ge=1, le=100_000, description="passes over the training images")
     max_steps: int = Field(
         500, ge=0, le=100_000_000, description="fewer passes where they would take more steps; 0: no limit"
@@ -84,38 +92,11 @@ class CAINNFlowConfig(LevelledConfig):
     sigma: float = Field(4.0, ge=0, le=1000, description="Gaussian smoothing of the map, in input pixels")
 
 
-_PRINTED: dict[str, Any] = {
-    "stride": 4,
-    "deep_levels": (),
-    "feature_norm": True,
-    "scoring": "probability",
-    "score_logdet": 0.0,
-    "image_score": "map",
-    "weights": "equal",
-    "max_steps": 0,
-    "batch_size": 32,
-    "sigma": 0.0,
-}
-
-
 class CAINNFlow(Method):
     """See the module's docstring."""
 
     Config = CAINNFlowConfig
-    presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "paper": {**_PRINTED, "epochs": 750, "learning_rate": 5e-4},
-        "fastflow": {
-            **_PRINTED,
-            "subnet": "CC",
-            "steps": 8,
-            "alternate": True,
-            "two_sided": False,
-            "clamp": "tenth",
-            "bound": 2.0,
-            "epochs": 500,
-            "learning_rate": 1e-3,
-        },
-    }
+    presets: ClassVar[dict[str, Preset]] = read_presets("cainnflow")
     optimises: ClassVar[bool] = True
     config: CAINNFlowConfig
 
@@ -125,7 +106,7 @@ class CAINNFlow(Method):
         self.tokens = len({entry["reduction"] for entry in info}) == 1  # a plain transformer's maps
         self.mapped = len(config.levels or backbone.levels)  # levels of the map; those of the image score follow
         finest = min(backbone.reductions[: self.mapped])
-        self.grid = (round(size[0] / finest), round(size[1] / finest))
+        self.grid = size if config.meet == "input" else (round(size[0] / finest), round(size[1] / finest))
         self.flows = self._flows()
         self.norms = nn.ModuleList()
         if config.feature_norm and not self.tokens:
@@ -169,6 +150,7 @@ class CAINNFlow(Method):
             reduction=config.reduction,
             spatial_first=config.spatial_first,
             activation=config.activation,
+            zero=config.zero_start,
         )
         return subnet if config.st_shared else partial(Separate, subnet)
 

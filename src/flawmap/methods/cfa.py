@@ -4,7 +4,7 @@ A patch descriptor, one 1 x 1 CoordConv, is trained to draw the patches of good 
 the vectors of a fixed memory bank, and out of the spheres next to them; a patch is as abnormal as it is far from the
 bank.
 
-Where this differs from the paper, and the setting that takes the difference back (`--preset paper` takes back all):
+Where this differs from the paper, and the setting that takes the difference back (`--preset paper` takes them):
 
 - Patches are whitened before the descriptor, which starts as the identity on their first principal components and the
   coordinates; the paper puts a random projection on raw features (`whiten=false`).
@@ -22,16 +22,20 @@ Where this differs from the paper, and the setting that takes the difference bac
   raises the image figures and lowers AUPRO, so that more steps are not better.
 
 Where the paper and the authors' code part, this follows the code: distances in the loss are squared (`distance=plain`),
-maps are averaged over 3 x 3 neighbours, zeros beyond the border counted (`pool=1`), and losses are divided by `nu`.
-Their maps are leaky ReLUs of each level's sum; those of timm's networks have passed a plain ReLU, and no setting
-changes that.
+maps are averaged over 3 x 3 neighbours, zeros beyond the border counted (`pool=1`), and losses are divided by `nu`
+(`nu=1`). `--preset paper` is the text, `--preset authors` their code. A descriptor of raw patches starts as He's, as
+the text says; the code leaves PyTorch's, which is smaller by the root of six (`start=torch`). Their maps are leaky
+ReLUs of each level's sum; those of timm's networks have passed a plain ReLU, and no setting changes that.
+
+EfficientNets' maps are divided by their channels (`divided=true`) in the paper, which takes several maps of each scale;
+timm names one level a stage, and so one of each scale is read.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +48,7 @@ from flawmap.methods.blocks.moments import Moments, whitening_axes
 from flawmap.methods.blocks.patches import fused, sampled
 from flawmap.methods.blocks.smoothing import Enlarge, largest, scored_positions
 from flawmap.methods.contract import Collect, LevelledConfig, Method, Optimise, Stage, epochs_within
+from flawmap.methods.presets import Preset, read_presets
 from flawmap.neighbours import k_nearest, nearest, search_index
 
 _RADIUS_SAMPLE = 4096
@@ -59,7 +64,11 @@ class CFAConfig(LevelledConfig):
         4, ge=1, le=1024, description="input pixels between patches, or those of the finest level if more"
     )
     pool: int = Field(3, ge=1, le=63, description="side of the neighbourhood that is averaged, odd")
+    divided: bool = Field(False, description="each map is divided by the number of its channels (Section 4.1)")
     whiten: bool = Field(True, description="whitened patches and a descriptor that starts as the identity")
+    start: Literal["he", "torch"] = Field(
+        "he", description="a descriptor of raw patches starts as He's, or as PyTorch starts linear layers"
+    )
     coordinates: bool = Field(True, description="CoordConv: the descriptor also reads row and column")
     gamma_d: float = Field(0.5, gt=0, le=1, description="channels after the descriptor over those before it")
     bank: Literal["kmeans", "mean", "ema"] = Field("kmeans", description="how the memory bank is made")
@@ -92,23 +101,7 @@ class CFA(Method):
     """See the module's docstring."""
 
     Config = CFAConfig
-    presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "paper": {
-            "whiten": False,
-            "bank": "mean",
-            "gamma_c": 1.0,
-            "gamma_d": 1.0,
-            "scoring": "certainty",
-            "image_score": "map",
-            "radius": 1e-5,
-            "r_mode": "trainable",
-            "alpha": 0.1,
-            "epochs": 30,
-            "max_steps": 0,
-            "positions": 0,
-            "learning_rate": 1e-3,
-        },
-    }
+    presets: ClassVar[dict[str, Preset]] = read_presets("cfa")
     optimises: ClassVar[bool] = True
     config: CFAConfig
 
@@ -139,6 +132,8 @@ class CFA(Method):
         """-> (B, h*w, D): all levels, averaged over the neighbourhood, on one grid."""
         side = self.config.pool
         maps = [F.avg_pool2d(level, side, 1, side // 2) if side > 1 else level for level in features]
+        if self.config.divided:
+            maps = [level / level.shape[1] for level in maps]
         return fused(maps, self.grid)
 
     def inputs(self, patches: Tensor, places: Tensor) -> Tensor:
@@ -159,8 +154,10 @@ class CFA(Method):
         if self.config.whiten:
             self._start()
             yield self._whitening()
+        elif self.config.start == "he":
+            nn.init.kaiming_normal_(self.descriptor.weight)
         else:
-            nn.init.kaiming_normal_(self.descriptor.weight)  # He initialisation
+            self.descriptor.reset_parameters()
         yield self._memory(images)
         epochs = epochs_within(self.config.max_steps, self.config.epochs, images, self.config.batch_size)
         if epochs:

@@ -31,7 +31,7 @@ convolutions of their backbone by reflection; timm's pad with zeros, and no sett
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -39,7 +39,6 @@ from torch import Tensor
 
 from flawmap.backbones import Backbone
 from flawmap.methods.blocks.position_flows import (
-    PRINTED,
     PositionFlows,
     PositionFlowsConfig,
     on_common_grid,
@@ -47,6 +46,7 @@ from flawmap.methods.blocks.position_flows import (
 )
 from flawmap.methods.blocks.smoothing import Enlarge, largest
 from flawmap.methods.contract import LevelledConfig, Method, Stage
+from flawmap.methods.presets import Preset, read_presets
 
 
 class CFlowConfig(PositionFlowsConfig, LevelledConfig):
@@ -59,11 +59,7 @@ class CFlow(Method):
     """See the module's docstring."""
 
     Config = CFlowConfig
-    presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "paper": {
-            **PRINTED,
-        },
-    }
+    presets: ClassVar[dict[str, Preset]] = read_presets("cflow")
     optimises: ClassVar[bool] = True
     config: CFlowConfig
 

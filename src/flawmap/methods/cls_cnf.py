@@ -10,7 +10,8 @@ can be):
 
 - The flows are trained, start and score images as in `cflow`, whose docstring says how that differs from the printed
   training (`pool`, `whiten`, `hidden`, `fibres`, `shared_adam`, `image_score`), and their part of the map is smoothed
-  (`sigma=0`). Log-likelihoods are divided by C, as in the authors' program; undivided the sigmoid of Eq. 2 saturates.
+  (`sigma=0`). Log-likelihoods are divided by C, as in the authors' program; undivided the sigmoid of Eq. 2 saturates
+  and Eq. 3 underflows, so that no setting has them.
 - Each flow's part is 1 - exp(log p - u); the paper has exp(log p - u) and subtracts their sum from its maximum over
   the test images (Eq. 8, misprinted with the signs the other way): on good images the same but for a constant.
 - u starts at minus infinity; Algorithm 2 prints 0, above which no likelihood may lie (Eq. 4).
@@ -18,8 +19,17 @@ can be):
   can be moved after training.
 - The decoder ends at a quarter of the input's size and enlarges bilinearly (`stride=1`, `upsampling=bicubic`), and no
   stage of it is narrower than the printed last one, 32 channels, whatever the encoder.
-- Soft labels are pixelwise, as printed; the authors' program has one for each mask, of the signed difference
+- Blocks are one-sided, which alone fits the sizes of Table 3; Section III-B3 and Fig. 3 print s1, t1, s2 and t2
+  (`two_sided=true`).
+- The flows' maps are summed on the finest grid and enlarged together (`meet=input`: each is enlarged once, Eq. 6), half
+  pixels centred; the authors' program aligns corners, and no setting does.
+- Soft labels are pixelwise, as printed, of the difference's size, with a slope of 5 that is the program's and not
+  printed (`label_slope`); the program has one label for each mask, of the signed difference
   (`soft_label=official_signed_scalar`).
+- A defect that misses the part is drawn anew, up to ten times; the program keeps such an image as a good one
+  (`empty_masks=true`). Grey images get grey defects; the program lays coloured textures on them (`coloured=true`).
+- Defects are always drawn anew; Algorithm 1 does so every N_s epochs, and names no N_s.
+- The rate's cosine begins after the warm-up; the program's runs from the start (`cosine=whole`).
 - One schedule serves every product: the authors set batch size, rate, epochs and repeats for each class. Classes are
   not told which mask their parts need: it is found from the images (`object_mask=off` for none).
 - Defects are laid on the image by alpha blending as printed; half of the sources are drawn textures where no folder of
@@ -31,7 +41,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -43,7 +53,6 @@ from flawmap.errors import FlawmapError
 from flawmap.methods.blocks.decoder import Decoder
 from flawmap.methods.blocks.encoder_tuning import EncoderTuning, EncoderTuningConfig
 from flawmap.methods.blocks.position_flows import (
-    PRINTED,
     PositionFlows,
     PositionFlowsConfig,
     on_common_grid,
@@ -51,6 +60,7 @@ from flawmap.methods.blocks.position_flows import (
 )
 from flawmap.methods.blocks.smoothing import Enlarge, largest, on_grid
 from flawmap.methods.contract import Method, Stage
+from flawmap.methods.presets import Preset, read_presets
 
 
 class ClsCnfConfig(EncoderTuningConfig, PositionFlowsConfig):
@@ -62,6 +72,9 @@ class ClsCnfConfig(EncoderTuningConfig, PositionFlowsConfig):
     blocks: int = Field(6, ge=1, le=64, description="of each flow")
     skips: bool = Field(True, description="the decoder takes in the encoder's shallower levels")
     upsampling: Literal["bilinear", "bicubic"] = Field("bilinear", description="how the decoder enlarges")
+    meet: Literal["finest", "input"] = Field(
+        "finest", description="where the flows' maps are summed: finest grid, input"
+    )
     reflect: bool = Field(False, description="the encoder's convolutions pad by reflection")
     sigma: float = Field(4.0, ge=0, le=1000, description="Gaussian smoothing of the flows' map, in input pixels")
 
@@ -76,20 +89,7 @@ class ClsCnf(Method):
     """See the module's docstring."""
 
     Config = ClsCnfConfig
-    presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "paper": {
-            **PRINTED,
-            "stride": 1,
-            "upsampling": "bicubic",
-            "reflect": True,
-            "freeze_epochs": 850,  # 85 of 100 rounds of 10 passes
-            "tune_epochs": 150,
-            "tune_steps": 0,
-            "tune_batch_size": 32,
-            "tune_learning_rate": 1e-4,
-            "sigma": 0.0,
-        },
-    }
+    presets: ClassVar[dict[str, Preset]] = read_presets("cls_cnf")
     optimises: ClassVar[bool] = True
     tunes: ClassVar[bool] = True
     trained_on: ClassVar[frozenset[str]] = frozenset({"texture", "image"})
@@ -110,7 +110,7 @@ class ClsCnf(Method):
         self.decoder = None if config.maps == "flows" else self._drawn()
         self.density = None if config.maps == "classifier" else PositionFlows(config, backbone.channels, grids)
         self.grid = size[0] // config.stride, size[1] // config.stride
-        self.coarse = max(grids[: self.read])  # where the flows' maps meet
+        self.coarse = max(grids[: self.read]) if config.meet == "finest" else self.grid  # where the flows' maps meet
         self.register_buffer("w", torch.tensor(config.weight), persistent=False)
         self.w: Tensor
         self.smooth = Enlarge(self.coarse, self.grid, config.sigma / config.stride)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from flawmap.backbones import Backbone
 from flawmap.methods.blocks.levelling import Levelling
 from flawmap.methods.blocks.smoothing import Enlarge, largest
+from flawmap.methods.presets import Preset
 from flawmap.synthesis import SynthesisSettings
 
 
@@ -151,7 +152,7 @@ class Method(nn.Module):
     """
 
     Config: ClassVar[type[Config]] = Config
-    presets: ClassVar[dict[str, dict[str, Any]]] = {}
+    presets: ClassVar[dict[str, Preset]] = {}
     localises: ClassVar[bool] = True
     optimises: ClassVar[bool] = False
     updates: ClassVar[bool] = False

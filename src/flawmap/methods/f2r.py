@@ -4,7 +4,7 @@ An invertible network T turns each patch feature f into z = [z_l, z_g], trained 
 where it is. Either part is then scaled, alpha z_l and beta z_g, and turned back into a feature; a patch is as abnormal
 as its reverted feature is far from those of good parts.
 
-Where this differs from the paper, and the setting that takes the difference back (`--preset paper` takes back all):
+Where this differs from the paper, and the setting that takes the difference back (`--preset paper` takes them):
 
 - The default backbone is read at 1/8, 1/16 and 1/32 (`levels`), a WideResNet-50-2 as in the paper at `layer2,layer3`.
   Levels are not averaged over neighbours (`patch_pool=3`), which blurs the deepest.
@@ -13,26 +13,33 @@ Where this differs from the paper, and the setting that takes the difference bac
   of their number.
 - Training is shorter, in larger and smaller steps, each of which sees some patches of every image (`epochs`,
   `max_steps`, `learning_rate`, `batch_size`, `positions=0`: all). Every image has a set number of rotated views
-  (`views`), whose features are computed once, where the paper draws a rotation anew each time.
-- The likelihood weighs `gamma` 0.01: it is a sum over channels, and the paper's 0.001 belongs to 1536 of them.
+  (`views`), whose features are computed once, where the paper draws a rotation anew each time (`views=0`).
+- The likelihood weighs `gamma` 0.01: it is a sum over channels, and the paper's 0.001 belongs to 1536 of them. It is
+  that of a standard Gaussian, the square halved, which Eq. 2 leaves out (`nll_half=false`).
+- Term 1 is taken about the mean (`centred=false`), and its entries' sizes are averaged: in 1536 channels it hardly
+  counts so (`covariance_as=norm`, or `sum`). Term 2's square is a mean over channels (`square_as=sum`).
+- Couplings bound their log-scales by a tangent; Glow's, which the paper cites, by a sigmoid (`coupling=sigmoid`).
+- Weight decay is on linear layers (`decay_all=true`).
+- The map is smoothed, and the image score its largest value after that; the paper has raw distances and their largest
+  (`sigma=0`, `image_score=patch`).
 - The gallery keeps 10 % of the patches, as one quoted run of PatchCore does, but no more than `max_vectors`.
 - alpha and beta are one fixed choice, where the paper takes the best of 169 on each object's test labels.
-- A gallery made again for another alpha and beta keeps the patches that were chosen first; `reselect=true` chooses them
-  among the reverted ones.
+- Training chooses the gallery among the features; `reselect=true` chooses it among the reverted ones of its alpha and
+  beta. Moved after training, it keeps the patches that were chosen, since no model file holds all of them: only
+  `evaluate --oracle` chooses anew. Distances for the choice are whole, not randomly projected as PatchCore's are.
 
 Where the paper says nothing: c is what the levels give together; T is Glow's, with one-sided couplings of three layers
 whose width (`hidden`) makes the whole as large as the paper's count, capacity-matched and not the paper's own; z is cut
-in halves (`split`); the likelihood is that of a standard Gaussian, the square halved, which Eq. 2 leaves out
-(`nll_half=false`); the covariance is taken about the mean (`centred=false`) and its entries' sizes are averaged; weight
-decay is on linear layers (`decay_all=true`); auxiliary networks are as wide as f; the map is smoothed, and the image
-score its largest value after that (`image_score=patch` for before).
+in halves (`split`); auxiliary networks are as wide as f; a rotation comes after the crop, reflection fills what it
+leaves empty, and positions are those of the grid that results.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -46,9 +53,11 @@ from flawmap.methods.blocks.factorisation import Factorisation, FactorisationCon
 from flawmap.methods.blocks.gallery import GalleryCandidates, GalleryConfig, coreset
 from flawmap.methods.blocks.patch_projection import PatchProjection, PatchProjectionConfig
 from flawmap.methods.blocks.patches import sampled
+from flawmap.methods.blocks.rotation import turned
 from flawmap.methods.blocks.smoothing import Enlarge, largest, scored_positions
 from flawmap.methods.blocks.weight_decay import decaying_linear
 from flawmap.methods.contract import Collect, Method, Optimise, Stage, epochs_within
+from flawmap.methods.presets import Preset, read_presets
 from flawmap.neighbours import nearest, search_index
 
 _ROWS = 16_384  # patches that T takes at a time
@@ -60,6 +69,7 @@ class F2RConfig(FactorisationConfig, PatchProjectionConfig, GalleryConfig):
     levels: tuple[str, ...] | None = Field(None, description="levels that are fused; the backbone's own if unset")
     steps: int = Field(6, ge=1, le=64, description="flow steps of T")
     actnorm: bool = Field(True, description="activation normalisation in each step")
+    coupling: Literal["tanh", "sigmoid"] = Field("tanh", description="how couplings bound log-scales; sigmoid: Glow's")
     mixing: Literal["plain", "lu", "permutation"] = Field("plain", description="the matrix W of each step")
     hidden: float = Field(1.125, gt=0, le=16, description="width of the couplings' networks over the channels of f")
     split: float = Field(0.5, gt=0, lt=1, description="share of z that is z_l")
@@ -75,7 +85,9 @@ class F2RConfig(FactorisationConfig, PatchProjectionConfig, GalleryConfig):
     learning_rate: float = Field(1e-3, gt=0, le=1e6, description="of AdamW, at the start of a cosine")
     weight_decay: float = Field(0.05, ge=0, le=1e6, description="of AdamW")
     decay_all: bool = Field(False, description="weight decay on everything, not on linear layers alone")
-    views: int = Field(4, ge=1, le=64, description="rotated views of each image, itself counted")
+    views: int = Field(
+        4, ge=0, le=64, description="rotated views of each image, itself counted; 0: a fresh rotation in each epoch"
+    )
     rotation: float = Field(30.0, ge=0, le=180, description="degrees by which views are turned at most")
     sigma: float = Field(4.0, ge=0, le=1000, description="Gaussian smoothing of the map, in input pixels")
 
@@ -84,23 +96,7 @@ class F2R(Method):
     """See the module's docstring."""
 
     Config = F2RConfig
-    presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "paper": {
-            "patch_pool": 3,
-            "standardise": False,
-            "components": 0,
-            "gamma": 0.001,
-            "max_vectors": 1_000_000,
-            "max_candidates": 10_000_000,
-            "reselect": True,
-            "epochs": 300,
-            "max_steps": 0,
-            "positions": 0,
-            "batch_size": 32,
-            "learning_rate": 2e-4,
-            "views": 16,
-        },
-    }
+    presets: ClassVar[dict[str, Preset]] = read_presets("f2r")
     live: ClassVar[tuple[str, ...]] = ("alpha", "beta")
     searched: ClassVar[dict[str, tuple[float, ...]]] = dict.fromkeys(live, tuple(i / 10 for i in range(13)))
     reselects: ClassVar[bool] = True
@@ -147,11 +143,12 @@ class F2R(Method):
 
     @classmethod
     def views(cls, config: F2RConfig) -> tuple[int, float]:
-        return config.views, config.rotation
+        return max(1, config.views), config.rotation if config.views else 0.0
 
     def _drawn(self) -> Glow:
         config, c = self.config, self.channels
-        return Glow(c, config.steps, max(1, round(config.hidden * c)), mixing=config.mixing, actnorm=config.actnorm)
+        hidden = max(1, round(config.hidden * c))
+        return Glow(c, config.steps, hidden, mixing=config.mixing, actnorm=config.actnorm, clamp=config.coupling)
 
     def latents(self, features: list[Tensor], inside: Tensor | None = None) -> Tensor:
         """z = T(f) of every patch (B, h*w, c)."""
@@ -181,13 +178,14 @@ class F2R(Method):
             self.auxiliary = Factorisation(config, self.parts, self.grid[0] * self.grid[1]).to(device)
             yield Optimise(
                 "flow",
-                self.loss,
+                self.loss if config.views else self.loss_of_rotated,
                 [*self.flow.parameters(), *self.auxiliary.parameters()],
                 epochs_within(config.max_steps, config.epochs, images, config.batch_size),
                 config.batch_size,
                 self._optimiser,
                 lambda optimiser, steps: torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps),
-                views=True,
+                inputs="features" if config.views else "images",
+                views=config.views > 0,
                 after_epoch=lambda: f"condition number of the mixing {self.flow.condition_number():.4g}",
             )
             self.auxiliary = None
@@ -197,6 +195,15 @@ class F2R(Method):
         rate, decay = self.config.learning_rate, self.config.weight_decay
         of = parameters if self.config.decay_all else decaying_linear(self, parameters, decay)
         return torch.optim.AdamW(of, rate, weight_decay=decay)
+
+    def loss_of_rotated(self, images: list[Tensor], inside: Tensor | None) -> Tensor:
+        """The same over images [(B, 3, H, W)], each turned by an angle of its own; positions stay those of the grid."""
+        (plain,) = images
+        angles = (torch.rand(len(plain)) * 2 - 1) * math.radians(self.config.rotation)
+        scored = None if inside is None else turned(inside, angles, nearest=True)
+        with torch.no_grad():
+            features = self.features(turned(plain, angles), scored)
+        return self.loss(features, scored)
 
     def loss(self, features: list[Tensor], inside: Tensor | None) -> Tensor:
         """L_total (Eq. 6) over a batch of maps."""

@@ -10,13 +10,15 @@ Where this differs from the paper, and the setting that takes the difference bac
 - Channels are reduced by a random choice, as in the paper; `reduction=orthogonal` projects on random orthogonal
   directions instead (Kim et al. 2021).
 - `covariance=diagonal` keeps variances only: an hundredth of the memory.
+- Deeper levels reach the finest grid bilinearly (`enlarge=nearest`: replicated, as in the paper). Images are resized,
+  and maps enlarged, bilinearly, where the paper does so bicubically; no setting changes that.
 - The paper's map is smoothed by a Gaussian of sigma 4 and its largest value is the image score; so it is here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -27,6 +29,7 @@ from flawmap.methods.blocks.position_gaussians import PositionGaussians, triangu
 from flawmap.methods.blocks.position_moments import PositionMoments
 from flawmap.methods.blocks.smoothing import Enlarge, scored_positions
 from flawmap.methods.contract import Collect, LevelledConfig, Method, Stage
+from flawmap.methods.presets import Preset, read_presets
 
 
 class PaDiMConfig(LevelledConfig):
@@ -37,6 +40,7 @@ class PaDiMConfig(LevelledConfig):
     reduction: Literal["random", "orthogonal"] = Field("random", description="how channels are reduced")
     covariance: Literal["full", "diagonal"] = Field("full", description="shape of each position's Gaussian")
     epsilon: float = Field(0.01, gt=0, le=1e6, description="regularisation of the covariance (Eq. 1)")
+    enlarge: Literal["bilinear", "nearest"] = Field("bilinear", description="how deeper levels reach the finest grid")
     sigma: float = Field(4.0, ge=0, le=1000, description="Gaussian smoothing of the map, in input pixels")
 
 
@@ -44,7 +48,7 @@ class PaDiM(Method):
     """See the module's docstring."""
 
     Config = PaDiMConfig
-    presets: ClassVar[dict[str, dict[str, Any]]] = {"paper": {}}
+    presets: ClassVar[dict[str, Preset]] = read_presets("padim")
     updates = True
     positional = True
     config: PaDiMConfig
@@ -54,7 +58,9 @@ class PaDiM(Method):
         finest = min(backbone.reductions)
         self.grid = (round(size[0] / finest), round(size[1] / finest))
         diagonal = config.covariance == "diagonal"
-        self.gaussians = PositionGaussians(backbone.channels, self.grid, config.channels, diagonal=diagonal)
+        self.gaussians = PositionGaussians(
+            backbone.channels, self.grid, config.channels, diagonal=diagonal, enlarge=config.enlarge
+        )
         self.resize = Enlarge(self.grid, size, config.sigma)
 
     @classmethod

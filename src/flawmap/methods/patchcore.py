@@ -24,7 +24,7 @@ Where this differs from the paper, and the setting that takes the difference bac
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import Field
 from torch import Tensor
@@ -41,6 +41,7 @@ from flawmap.methods.blocks.memory_bank import (
 from flawmap.methods.blocks.patches import resized
 from flawmap.methods.blocks.smoothing import Enlarge, largest, on_grid, within
 from flawmap.methods.contract import Method, Stage
+from flawmap.methods.presets import Preset, read_presets
 from flawmap.neighbours import k_nearest
 
 
@@ -58,9 +59,7 @@ class PatchCore(Method):
     """See the module's docstring."""
 
     Config = PatchCoreConfig
-    presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "paper": {"deep_levels": (), "standardise": False, "components": 0, "deep_components": 0, "reweight": True},
-    }
+    presets: ClassVar[dict[str, Preset]] = read_presets("patchcore")
     updates = True
     config: PatchCoreConfig
 

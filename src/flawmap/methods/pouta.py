@@ -10,6 +10,8 @@ back (`--preset paper` takes back all that can be):
 
 - The network is narrow (`width=64`, `head_width=128`), and learns in few steps (`max_steps=0`) that are larger
   (`learning_rate=2e-4`).
+- The convolution that guides has batch normalisation and ReLU; Section III-B prints a convolution (`hsg_act=false`).
+- Defects are laid in opaque; the paper blends "seamlessly" (`seamless=1`: by their gradients, or `opacity` below 1).
 - Where no folder of texture photographs is given, textures are drawn (`textures=FOLDER`; the paper's is DTD).
 
 The paper gives neither widths nor layers, only 15.02 M parameters, 35.37 GFLOPs, and for its Vanilla 28.68 M and
@@ -17,7 +19,9 @@ The paper gives neither widths nor layers, only 15.02 M parameters, 35.37 GFLOPs
 `recon_style=bilinear` with `head_width=0` is another, within 0.5 %. Also unstated, and read as: gates are sigmoids
 (`hsg_gate=none`: three maps are multiplied as they are); comparisons are batch-normalised, with ReLU (`fcm_act`); maps
 are enlarged bilinearly; half of the samples have no defect (`clean`); defects lie anywhere (`foreground`), and are the
-image itself and a foreign texture, mixed as DRAEM's are and blended no further; the L1 losses compare the probability
+image itself and a foreign texture, mixed as DRAEM's are (`own_share`): "translation" moves the image round its edges,
+"rotation" turns it by 180 degrees, so that nothing has to be filled; the focal loss has DRAEM's gamma and no alpha
+(`focal_gamma`); the L1 losses compare the probability
 of a defect with the mask; images are read in 0..1. The square of the image score is scaled with the input, from the 224
 pixels of the paper.
 """
@@ -25,7 +29,8 @@ pixels of the paper.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, Literal
+from dataclasses import replace
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +50,9 @@ from flawmap.methods.blocks.encoder_decoder import (
 from flawmap.methods.blocks.pixel_losses import focal, mean_inside, ssim
 from flawmap.methods.blocks.reconstruction import Reconstructive, ReconstructiveConfig
 from flawmap.methods.contract import Stage
+from flawmap.methods.presets import Preset, read_presets
 from flawmap.synthesis import POUTA as DEFECTS
+from flawmap.synthesis import SynthesisSettings
 
 Gate = Literal["sigmoid", "none"]
 
@@ -59,6 +66,7 @@ class POUTAConfig(ReconstructiveConfig):
     width: int = Field(16, ge=2, le=256, description="channels at full size")
     recon_style: Literal["transposed", "bilinear"] = Field("transposed", description="how the decoder upsamples")
     fcm_act: bool = Field(True, description="batch normalisation and ReLU after the convolutions that compare")
+    hsg_act: bool = Field(True, description="batch normalisation and ReLU after the convolution that guides")
     hsg_gate: Gate = Field("sigmoid", description="how the guiding maps are bounded")
     head_width: int = Field(32, ge=0, le=1024, description="channels before the last convolution; 0: none before it")
     reconstruction_loss: Literal["mse+ssim", "mse", "ssim", "none"] = Field("mse+ssim", description="terms of L_rec")
@@ -67,6 +75,9 @@ class POUTAConfig(ReconstructiveConfig):
     lambda_2: float = Field(0.3, ge=0, le=1e6, description="at half size")
     lambda_3: float = Field(0.2, ge=0, le=1e6, description="at a quarter")
     lambda_4: float = Field(0.1, ge=0, le=1e6, description="at an eighth")
+    seamless: float = Field(0.0, ge=0, le=1, description="share of defects laid in by their gradients (Section III-A)")
+    own_share: float = Field(0.8, ge=0, le=1, description="most of the image itself in what is laid in")
+    opacity: float = Field(1.0, ge=0, le=1, description="least opacity of what is laid in otherwise")
     epochs: int = Field(600, ge=1, le=100_000, description="passes over the training images")
 
 
@@ -119,10 +130,10 @@ def _pointwise(channels: int, after: int, activation: bool) -> nn.Module:
 class Guidance(nn.Module):
     """HSG: F_C is weighed, position by position and channel by channel, by what the next deeper map says."""
 
-    def __init__(self, deeper: int, channels: int, gate: Gate) -> None:
+    def __init__(self, deeper: int, channels: int, gate: Gate, activation: bool = True) -> None:
         super().__init__()
         self.gate = gate
-        self.lift = convolutions(deeper, channels)
+        self.lift = convolutions(deeper, channels) if activation else nn.Conv2d(deeper, channels, 3, padding=1)
         self.space = nn.Conv2d(channels, 1, 1)
         self.channel = nn.Conv2d(channels, channels, 1)
         if gate == "none":  # products of unbounded maps start near F_C
@@ -178,7 +189,7 @@ class Network(nn.Module):
         self.contrasts = nn.ModuleList(Contrast(width, config.fcm_act) for width in widths)
         guided = config.variant in ("hsg", "full")
         self.guides = nn.ModuleList(
-            Guidance(channels[i + 1], channels[i], config.hsg_gate) for i in range(3 if guided else 0)
+            Guidance(channels[i + 1], channels[i], config.hsg_gate, config.hsg_act) for i in range(3 if guided else 0)
         )
         self.head = Head(channels, config.head_width)
 
@@ -203,10 +214,7 @@ class POUTA(Reconstructive):
     """See the module's docstring."""
 
     Config = POUTAConfig
-    presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "quick": {},
-        "paper": {"width": 64, "head_width": 128, "max_steps": 0, "learning_rate": 2e-4},
-    }
+    presets: ClassVar[dict[str, Preset]] = {"quick": Preset(), **read_presets("pouta")}
     defects = DEFECTS
     printed_size: ClassVar[int] = 224
     config: POUTAConfig
@@ -219,6 +227,12 @@ class POUTA(Reconstructive):
         network = vanilla(self.config) if self.config.variant == "vanilla" else Network(self.config)
         redraw(network)
         return network
+
+    def synthesis(self) -> SynthesisSettings:
+        config = self.config
+        return replace(
+            DEFECTS, seamless=config.seamless, own_share=(0.0, config.own_share), opacity=(config.opacity, 1.0)
+        )
 
     def stages(self, images: int) -> Iterator[Stage]:
         supervised = self.config.variant in ("mss", "full")
@@ -248,7 +262,7 @@ class POUTA(Reconstructive):
         probability, terms = logits.softmax(1)[:, 1:], self.config.prediction_loss
         loss = torch.zeros((), device=masks.device)
         if "focal" in terms:
-            loss = loss + mean_inside(focal(probability, masks), inside)
+            loss = loss + mean_inside(focal(logits, masks, self.config.focal_gamma), inside)
         if "l1" in terms:
             loss = loss + mean_inside((probability - masks).abs(), inside)
         return loss

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from flawmap.errors import FlawmapError
 from flawmap.methods.contract import Config, Method
+from flawmap.methods.presets import Preset
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,17 @@ def method_class(name: str) -> type[Method]:
     return entry_of(name).load()
 
 
+def preset_of(method: type[Method], name: str | None) -> Preset:
+    """The preset of a name; an empty one for None and "default".
+
+    Raises:
+        FlawmapError: there is none.
+    """
+    if name not in (None, "default", *method.presets):
+        raise FlawmapError(f"unknown preset {name}: choose {', '.join(('default', *method.presets))}")
+    return method.presets.get(name or "default", Preset())
+
+
 def configure(method: type[Method], settings: Mapping[str, Any], preset: str | None = None) -> Config:
     """The method's settings: its defaults, then the preset's, then the user's.
 
@@ -130,10 +142,8 @@ def configure(method: type[Method], settings: Mapping[str, Any], preset: str | N
     Raises:
         FlawmapError: an unknown preset or key, or a value that the key cannot take.
     """
-    if preset not in (None, "default", *method.presets):
-        raise FlawmapError(f"unknown preset {preset}: choose {', '.join(('default', *method.presets))}")
-    chosen = dict(method.presets.get(preset or "default", {}))
-    for key, value in settings.items():
+    chosen = {}
+    for key, value in {**preset_of(method, preset).settings, **settings}.items():
         field = method.Config.model_fields.get(key)
         if field is None:
             raise FlawmapError(f"unknown setting {key}: choose {', '.join(method.Config.model_fields)}")

@@ -53,18 +53,20 @@ class Line:
     y: NDArray[np.float64]
 
 
-def score_histograms(rows: Sequence[ScoreRow], threshold: float, *, width: int) -> str:
+def score_histograms(rows: Sequence[ScoreRow], threshold: float | None, *, width: int) -> str:
     """Histograms one above the other on one axis of scores, crossed by the threshold. What it gets wrong is `--bad`.
 
     A bin edge lies on the threshold, so no bar is on both sides. Scores far above it are counted in the last bin.
+    Without a threshold nothing is wrong, and what is defective is `--bad`.
 
     Args:
         rows: at least one; those without scores are left out.
-        threshold: scores at or above it are called defects.
+        threshold: scores at or above it are called defects; None where there is none.
         width: of the picture in pixels at its natural size; it scales with the page.
     """
     rows = [row for row in rows if len(row.scores)]
     every = np.concatenate([row.scores for row in rows])
+    drawn, threshold = threshold is not None, float(every.min()) if threshold is None else threshold
     low = float(min(every.min(), threshold))
     usual = max([threshold, *(float(row.scores.max()) for row in rows if not row.defective)]) - low
     span = max(usual, 1e-3 * abs(threshold)) or 1.0
@@ -86,38 +88,40 @@ def score_histograms(rows: Sequence[ScoreRow], threshold: float, *, width: int) 
         ]
         for row, ax in zip(rows, axes, strict=True):
             counts, _ = np.histogram(np.clip(row.scores, edges[0], edges[-1]), edges)
-            wrong = (edges[:-1] >= threshold) != row.defective
+            wrong = (edges[:-1] >= threshold) != row.defective if drawn else np.full(len(counts), row.defective)
             for of_bins, colour in ((~wrong, _GOOD), (wrong, _BAD)):
                 filled = of_bins & (counts > 0)
                 ax.bar(edges[:-1][filled] + 0.08 * step, counts[filled], 0.84 * step, align="edge", color=colour)
-            ax.plot(
-                [threshold] * 2,
-                [0, 1 + (pitch - bars) / bars],
-                color=_INK,
-                linewidth=1.2,
-                dashes=(4, 2),
-                transform=ax.get_xaxis_transform(),
-                clip_on=False,
-            )
+            if drawn:
+                ax.plot(
+                    [threshold] * 2,
+                    [0, 1 + (pitch - bars) / bars],
+                    color=_INK,
+                    linewidth=1.2,
+                    dashes=(4, 2),
+                    transform=ax.get_xaxis_transform(),
+                    clip_on=False,
+                )
             ax.set_xlim(edges[0] - step / 2, edges[-1] + step / 2)
             ax.set_ylim(0, max(1, counts.max()) * 1.05)
             ax.set_yticks([0, int(counts.max())])
             ax.tick_params(labelbottom=ax is axes[-1])
             behind = {"facecolor": _CARD, "edgecolor": "none", "pad": 2}  # hides the threshold's line
             ax.text(0, 1 + 8 / bars, row.title, transform=ax.transAxes, bbox=behind)
-        near_end = threshold > (edges[0] + edges[-1]) / 2
-        axes[0].annotate(
-            f"threshold {threshold:.5g}",
-            (threshold, 1),
-            (-5 if near_end else 5, pitch - bars - 6),
-            xycoords=("data", "axes fraction"),
-            textcoords="offset points",
-            ha="right" if near_end else "left",
-        )
+        if drawn:
+            near_end = threshold > (edges[0] + edges[-1]) / 2
+            axes[0].annotate(
+                f"threshold {threshold:.5g}",
+                (threshold, 1),
+                (-5 if near_end else 5, pitch - bars - 6),
+                xycoords=("data", "axes fraction"),
+                textcoords="offset points",
+                ha="right" if near_end else "left",
+            )
         axes[-1].ticklabel_format(axis="x", useOffset=False)
         tail = f" (the last bar: {edges[-2]:.4g} and above)" if high > edges[-1] else ""
         axes[-1].set_xlabel(f"score{tail}", labelpad=6)
-        return _svg(figure, "Histograms of scores with the threshold")
+        return _svg(figure, f"Histograms of scores{' with the threshold' if drawn else ''}")
 
 
 def curve_chart(

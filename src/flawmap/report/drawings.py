@@ -13,8 +13,8 @@ from flawmap.errors import FlawmapError
 from flawmap.files import replacing, unwritable
 from flawmap.imaging.own_files import JPEG_MARK, MAP, OVERLAY, SMALL, is_own
 from flawmap.judging.inspection import Inspection
-from flawmap.report.overlays import HeatScale, write_map, write_overlay
-from flawmap.report.pictures import side_by_side, take_picture
+from flawmap.report.overlays import HeatScale, rgb_rows, write_map, write_overlay
+from flawmap.report.pictures import Picture, Shrinking, shrunk, side_by_side
 
 _LONGEST = 255 - len(OVERLAY) - len(".0123456789.tmp")  # bytes of a name that file systems take, less what is added
 _DIGITS = 8
@@ -80,6 +80,7 @@ def write_drawings(
     target = folder / name
     over, values = target.with_name(target.name + OVERLAY), target.with_name(target.name + MAP)
     small = small_picture(folder, name)
+    heat: Shrinking | None = None
     if scale is None or inspection.maps is None or inspection.pixels is None:
         for old in (over, values):
             if is_own(old):
@@ -87,15 +88,17 @@ def write_drawings(
                     old.unlink()
     else:
         make_folder(target.parent)
-        write_overlay(over, inspection.pixels, inspection, scale, caption=caption)
+        heat = Shrinking(inspection.pixels.shape[:2])
+        write_overlay(over, inspection.pixels, inspection, scale, caption=caption, seen=heat.add)
         write_map(values, inspection, scale)
     if inspection.pixels is None:
         with suppress(OSError):
             small.unlink(missing_ok=True)
         return
     make_folder(small.parent)
-    picture = side_by_side(take_picture(inspection.pixels, inspection, scale))
-    with replacing(small) as file:
+    original = shrunk(inspection.pixels.shape[:2], rgb_rows(inspection.pixels))
+    picture = side_by_side(Picture(original, None if heat is None else heat.picture()))
+    with replacing(small, durable=False) as file:
         Image.fromarray(picture).save(file, format="JPEG", quality=80, comment=JPEG_MARK)
 
 

@@ -39,8 +39,8 @@ def _hits(report: EvaluationReport) -> list[int]:
 def write_evaluation_page(
     path: Path,
     report: EvaluationReport,
-    calibration: Calibration,
-    threshold: Threshold,
+    calibration: Calibration | None,
+    threshold: Threshold | None,
     pictures: Mapping[int, Picture],
     *,
     scale: HeatScale | None,
@@ -52,7 +52,7 @@ def write_evaluation_page(
 
     Args:
         path: the file.
-        report, calibration, threshold: of the detector that made the verdicts.
+        report, calibration, threshold: of the detector that made the verdicts; without a threshold there are none.
         pictures: by index into `report.results`, of those `worth_showing(report, each)` names.
         scale, pixel_threshold: what heat colours mean and where regions are cut; None for methods without a map.
         config: the method's own settings.
@@ -64,10 +64,9 @@ def write_evaluation_page(
     results = report.results
     defects = [r for r in results if r.defective and r.score is not None]
     good = [r for r in results if not r.defective and r.score is not None]
+    known = np.empty(0) if calibration is None else calibration.scores.astype(np.float64)
     rows = [
-        ScoreRow(
-            f"Good images of the calibration ({len(calibration.scores)})", calibration.scores.astype(np.float64), False
-        ),
+        *([ScoreRow(f"Good images of the calibration ({len(known)})", known, False)] if len(known) else []),
         ScoreRow(f"Good test images ({len(good)})", _scores(good), False),
         ScoreRow(f"Defective test images ({len(defects)})", _scores(defects), True),
     ]
@@ -83,21 +82,23 @@ def write_evaluation_page(
         data=report.settings.get("data", "test images"),
         counts={"all": len(results), "good": len(good), "defects": len(defects), "unjudged": report.errors},
         milliseconds=report.milliseconds_per_image,
-        verdicts=[
+        verdicts=[]
+        if threshold is None
+        else [
             verdict_row(report, "escape_rate", defects, "good", "defective", "called good", "called good"),
             verdict_row(report, "overkill_rate", good, "defect", "good", "called a defect", "called defects"),
         ],
         figures=figure_rows(report),
         no_pixel_figures=no_pixel_figures,
         without_mask=report.without_mask,
-        describe=threshold.describe(),
+        describe=None if threshold is None else threshold.describe(),
         promise=promise(threshold),
-        warning=warning(report, threshold),
+        warning=None if threshold is None else warning(report, threshold),
         histograms=histograms(rows, threshold),
         curves=curve_charts(report),
         kinds=kind_rows(report),
         unsure=report.unsure,
-        threshold=threshold.value,
+        threshold=None if threshold is None else threshold.value,
         misses=[_card(results[i], pictures.get(i)) for i in misses[:each]],
         missed=len(misses) if missed else 0,
         alarms=[_card(results[i], pictures.get(i)) for i in alarms[:each]],

@@ -165,7 +165,7 @@ def kind_rows(report: EvaluationReport) -> list[dict[str, Any]]:
                     "on_defect": sum(located),
                     "refused": sum(r.refused for r in some),
                     "errors": len(some) - scored,
-                    "right": (rejected if defective else passed) / scored if scored else None,
+                    "right": (rejected if defective else passed) / scored if scored and report.decides else None,
                     "auroc": report.auroc_of(kind) if defective else None,
                 }
             )

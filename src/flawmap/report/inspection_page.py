@@ -17,7 +17,8 @@ from flawmap.report.page import Legend, write_page
 from flawmap.text import printable
 
 INDEX = "index.html"
-_ORDER = ("defect", "unsure", "error", "good")
+_SCORED = "scored"  # of an image without a verdict
+_ORDER = ("defect", "unsure", "error", "good", _SCORED)
 _GENERATOR = b'<meta name="generator" content="flawmap'
 
 
@@ -27,7 +28,7 @@ class Inspected:
 
     Attributes:
         name: the image below its source.
-        verdict, score, p_value: as `Inspection`.
+        verdict, score, p_value: as `Inspection`; "scored" where there is no verdict.
         regions, largest: how many, and the pixels of the largest; 0 where there is none.
         overruled: as `Inspection.overruled`.
         reason: why it could not be judged; empty where it was.
@@ -64,7 +65,7 @@ def inspected(folder: Path, image: Path, name: Path, inspection: Inspection) -> 
             width, height = picture.size
     return Inspected(
         printable(image.as_posix()),
-        str(inspection.verdict),
+        inspection.verdict or _SCORED,
         inspection.score,
         inspection.p_value,
         len(inspection.regions),

@@ -57,6 +57,7 @@ class Legend:
         low, high: scores at its ends.
         middle, position: the score that regions are cut at, and where it lies on the strip, 0 to 1.
         found, truth: CSS colours of the outlines of what was found and of the ground truth.
+        learnt: as `HeatScale.learnt`.
     """
 
     strip: str
@@ -66,6 +67,7 @@ class Legend:
     position: float
     found: str
     truth: str
+    learnt: bool
 
 
 def write_page(path: Path, template: str, **values: Any) -> None:
@@ -89,9 +91,10 @@ def write_page(path: Path, template: str, **values: Any) -> None:
         file.write(text.encode("utf-8", "replace"))  # a file name need not be valid text
 
 
-def histograms(rows: list[ScoreRow], threshold: Threshold) -> dict[str, str]:
+def histograms(rows: list[ScoreRow], threshold: Threshold | None) -> dict[str, str]:
     """The same chart for wide and for narrow screens, so that its text can be read on both."""
-    return {name: score_histograms(rows, threshold.value, width=width) for name, width in _CHART_WIDTHS.items()}
+    value = None if threshold is None else threshold.value
+    return {name: score_histograms(rows, value, width=width) for name, width in _CHART_WIDTHS.items()}
 
 
 def legend(scale: HeatScale | None, pixel_threshold: float | None) -> Legend | None:
@@ -103,7 +106,7 @@ def legend(scale: HeatScale | None, pixel_threshold: float | None) -> Legend | N
     drawn = overlay(np.full((height, width), 150, np.uint8), _mapped(ramp), scale)
     position = 0.5 if pixel_threshold is None else float(scale.heat(np.array([pixel_threshold], np.float32))[0])
     strip = jpeg_uri(Image.fromarray(drawn))
-    return Legend(strip, scale.low, pixel_threshold, scale.high, position, f"rgb{CONTOUR}", f"rgb{TRUTH}")
+    return Legend(strip, scale.low, pixel_threshold, scale.high, position, f"rgb{CONTOUR}", f"rgb{TRUTH}", scale.learnt)
 
 
 def _mapped(anomaly_map: NDArray[np.float32]) -> Inspection:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from PIL import Image
 
 from flawmap.errors import ImageError
 from flawmap.imaging.decoding import read_image
-from flawmap.judging.inspection import Inspection
-from flawmap.report.overlays import HeatScale, as_rgb, overlay
+from flawmap.judging.inspection import LARGE, Inspection
+from flawmap.report.overlays import HeatScale, overlay_rows, rgb_rows
 
 _SIDE = 360  # pixels, of a picture's longest side
 _QUALITY = 85  # of JPEG
@@ -50,8 +51,9 @@ def take_picture(
         scale: the detector's; None for methods without a map.
         mask: bool (H, W) of its ground truth.
     """
-    heat = None if scale is None or inspection.maps is None else _shrunk(overlay(pixels, inspection, scale))
-    original = _shrunk(as_rgb(pixels))
+    size = pixels.shape[:2]
+    heat = None if scale is None or inspection.maps is None else shrunk(size, overlay_rows(pixels, inspection, scale))
+    original = shrunk(size, rgb_rows(pixels))
     return Picture(original, heat, None if mask is None else _shrunk_mask(mask, original.shape[:2]))
 
 
@@ -77,7 +79,8 @@ def side_by_side(picture: Picture) -> NDArray[np.uint8]:
 def file_uri(path: Path) -> str | None:
     """An image file as a small picture; None where it cannot be read."""
     try:
-        return jpeg_uri(Image.fromarray(_shrunk(as_rgb(read_image(path)))))
+        pixels = read_image(path)
+        return jpeg_uri(Image.fromarray(shrunk(pixels.shape[:2], rgb_rows(pixels))))
     except ImageError:
         return None
 
@@ -87,6 +90,47 @@ def jpeg_uri(image: Image.Image) -> str:
     out = io.BytesIO()
     image.save(out, "JPEG", quality=_QUALITY, subsampling=0)  # thin coloured outlines would blur with fewer colours
     return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode("ascii")
+
+
+class Shrinking:
+    """A picture that comes in bands of rows, made small enough to keep many.
+
+    Args:
+        size: (height, width) of the whole.
+    """
+
+    def __init__(self, size: tuple[int, ...]) -> None:
+        large = size[0] * size[1] > LARGE
+        self._factor = max(1, max(size) // (4 * _SIDE)) if large else 1
+        self._rows: list[NDArray[np.uint8]] = []
+        self._rest = np.empty((0, size[1], 3), np.uint8)  # fewer rows than become one
+
+    def add(self, rows: NDArray[np.uint8]) -> None:
+        """The next rows (r, W, 3)."""
+        if self._factor == 1:
+            self._rows.append(rows)
+            return
+        rows = np.concatenate([self._rest, rows])
+        whole = len(rows) // self._factor * self._factor
+        self._rest = rows[whole:].copy()
+        self._reduce(rows[:whole])
+
+    def _reduce(self, rows: NDArray[np.uint8]) -> None:
+        if len(rows):
+            self._rows.append(np.asarray(Image.fromarray(rows).reduce(self._factor)))
+
+    def picture(self) -> NDArray[np.uint8]:
+        """At the size a page shows it, (h, w, 3), once all rows have come."""
+        self._reduce(self._rest)
+        return _shrunk(np.concatenate(self._rows))
+
+
+def shrunk(size: tuple[int, ...], bands: Iterable[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    """A picture of (height, width), given in bands of rows, at the size a page shows it."""
+    shrinking = Shrinking(size)
+    for rows in bands:
+        shrinking.add(rows)
+    return shrinking.picture()
 
 
 def _shrunk(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:

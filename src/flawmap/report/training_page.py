@@ -61,8 +61,8 @@ def write_training_page(
     path: Path,
     settings: Mapping[str, Any],
     learnt: Learnt,
-    calibration: Calibration,
-    threshold: Threshold,
+    calibration: Calibration | None,
+    threshold: Threshold | None,
     *,
     scale: HeatScale | None,
     pixel_threshold: float | None,
@@ -74,13 +74,16 @@ def write_training_page(
         path: the file.
         settings: what was asked, under the names that `EvaluationReport.settings` has.
         learnt: what it was trained on; files named there are read for their pictures where they still can be.
-        calibration, threshold: of the trained detector.
+        calibration, threshold: of the trained detector; None where all good images were learnt from.
         scale, pixel_threshold, config: as `write_evaluation_page`.
 
     Raises:
         FlawmapError: the file cannot be written.
     """
-    rows = [ScoreRow(f"Good images ({len(calibration.scores)})", calibration.scores.astype(np.float64), False)]
+    charts = None
+    if calibration is not None:
+        rows = [ScoreRow(f"Good images ({len(calibration.scores)})", calibration.scores.astype(np.float64), False)]
+        charts = histograms(rows, threshold)
     write_page(
         path,
         "training.html",
@@ -90,10 +93,10 @@ def write_training_page(
         images=len(learnt.sizes),
         sizes=_sizes(learnt.sizes),
         left_out=[(short_path(item.path), item.reason.removeprefix(f"{item.path}: ")) for item in learnt.left_out],
-        describe=threshold.describe(),
+        describe=None if threshold is None else threshold.describe(),
         promise=promise(threshold),
-        histograms=histograms(rows, threshold),
-        threshold=threshold.value,
+        histograms=charts,
+        threshold=None if threshold is None else threshold.value,
         atypical=[
             Card(
                 short_path(item.path),
@@ -101,7 +104,7 @@ def write_training_page(
                 item.score,
                 item.p_value,
                 *picture_uris(item.picture),
-                item.score >= threshold.value,
+                threshold is not None and item.score >= threshold.value,
             )
             for item in learnt.atypical
         ],

@@ -73,8 +73,11 @@ def _text(value: Any) -> str:
     return str(value)
 
 
-def promise(threshold: Threshold) -> dict[str, list[str]]:
+def promise(threshold: Threshold | None) -> dict[str, list[str]]:
     """What the calibration means and what it does not, in sentences."""
+    if threshold is None:
+        means = ["All good images were learnt from, so none of them tells what new good parts score."]
+        return {"means": means, "does_not": ["There is no threshold, so no image is called good or defective."]}
     rate, upper = percent(threshold.rate), percent(threshold.upper)
     one = threshold.images == 1
     images = counted(threshold.images, "calibration image")
@@ -106,7 +109,9 @@ def promise(threshold: Threshold) -> dict[str, list[str]]:
             f"{high}, if the highest of their scores go on as a generalised Pareto distribution does.",
             "So this is an estimate, and not a promise. The conformal threshold needs no such distribution.",
         ],
-        "none": [
+        "none": ["You chose this threshold. No good images were kept to tell how many of them reach it."]
+        if not threshold.images
+        else [
             f"You chose this threshold. {rate} of the {images} {'reaches' if one else 'reach'} it. With 95 % "
             f"confidence no more than {upper} of good parts like {'it' if one else 'them'} do.",
         ],

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from flawmap.errors import FlawmapError
 from flawmap.files import replacing
@@ -18,6 +19,7 @@ from flawmap.judging.inspection import Inspection
 from flawmap.report.overlays import HeatScale, map_levels
 from flawmap.service.records import Records
 
+_SCALE = "flawmap-scale"  # of a map's file
 _BLOCK = 200  # inspections that are let go of at a time
 
 
@@ -109,15 +111,18 @@ class Pictures:
 
 
 def map_png(inspection: Inspection, scale: HeatScale) -> bytes:
-    """The map as `flawmap.report.overlays.write_map` writes it."""
+    """The map as `flawmap.report.overlays.write_map` writes it, with its scale: a later threshold has another one."""
+    text = PngInfo()
+    text.add_text(_SCALE, f"{scale.low!r} {scale.high!r}")
     out = BytesIO()
-    Image.fromarray(map_levels(inspection, scale)).save(out, format="PNG", compress_level=1)
+    Image.fromarray(map_levels(inspection, scale)).save(out, format="PNG", compress_level=1, pnginfo=text)
     return out.getvalue()
 
 
-def map_of(content: bytes, scale: HeatScale) -> NDArray[np.float32]:
-    """Undoes `map_png`, to within its steps: (H, W) float32, in the method's units."""
+def map_of(content: bytes) -> tuple[NDArray[np.float32], HeatScale]:
+    """Undoes `map_png`, to within its steps: (H, W) float32, in the method's units, and the scale."""
     with Image.open(BytesIO(content)) as image:
-        levels: NDArray[np.float32] = np.asarray(image, dtype=np.float32)
-    values: NDArray[np.float32] = levels * np.float32(2 * scale.high / 65535)
-    return values
+        low, high = map(float, image.info[_SCALE].split())
+        values: NDArray[np.float32] = np.array(image, dtype=np.float32)
+    values *= np.float32(2 * high / 65535)
+    return values, HeatScale(low, high)

@@ -13,7 +13,15 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from flawmap.service.database import asking, now
-from flawmap.service.tables import DeliveryRow, InspectionRow, RequestRow, SeenRow, ThresholdRow, WordRow
+from flawmap.service.tables import (
+    DeliveryRow,
+    InspectionRow,
+    JobRow,
+    RequestRow,
+    SeenRow,
+    ThresholdRow,
+    WordRow,
+)
 
 WORDS = ("good", "defect", "unsure")
 
@@ -277,6 +285,53 @@ class Records:
             with self._session() as session:
                 query = select(ThresholdRow).where(ThresholdRow.model == model).order_by(ThresholdRow.version)
                 return list(session.scalars(query))
+
+        return asking(do)
+
+    # Trainings
+
+    def add_job(self, data: str, folder: str, command: Sequence[str], by: str) -> JobRow:
+        """Keeps a training that is about to run."""
+
+        def do() -> JobRow:
+            with self._session() as session:
+                row = JobRow(at=now(), by=by, state="running", data=data, folder=folder, command=list(command))
+                session.add(row)
+                session.commit()
+                return row
+
+        return asking(do)
+
+    def change_job(self, number: int, **values: Any) -> JobRow | None:
+        """Keeps what became of a training that runs: None, and nothing is changed, where it does not run any more."""
+
+        def do() -> JobRow | None:
+            with self._session() as session:
+                row = session.get(JobRow, number, with_for_update=True)
+                if row is None or row.state != "running":
+                    return None
+                for name, value in values.items():
+                    setattr(row, name, value)
+                session.commit()
+                return row
+
+        return asking(do)
+
+    def job(self, number: int) -> JobRow | None:
+        """One training."""
+
+        def do() -> JobRow | None:
+            with self._session() as session:
+                return session.get(JobRow, number)
+
+        return asking(do)
+
+    def jobs(self, limit: int) -> list[JobRow]:
+        """The last trainings, newest first."""
+
+        def do() -> list[JobRow]:
+            with self._session() as session:
+                return list(session.scalars(select(JobRow).order_by(JobRow.id.desc()).limit(limit)))
 
         return asking(do)
 

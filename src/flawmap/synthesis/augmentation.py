@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,17 +11,21 @@ from PIL import Image, ImageEnhance, ImageOps
 Operation = Callable[[np.random.Generator, Image.Image], Image.Image]
 
 
-def augment(rng: np.random.Generator, source: NDArray[np.uint8], count: int = 3) -> NDArray[np.uint8]:
+def augment(
+    rng: np.random.Generator, source: NDArray[np.uint8], count: int = 3, names: Sequence[str] = ()
+) -> NDArray[np.uint8]:
     """`count` different of the nine `OPERATIONS` one after the other: the list of DRAEM (ICCV 2021), less its rotation.
 
     Args:
         source: uint8 (H, W, 3).
+        count: of operations.
+        names: of those that are drawn from; all of them where there are none.
 
     Returns:
         uint8 (H, W, 3).
     """
     picture = Image.fromarray(source)
-    names = list(OPERATIONS)
+    names = list(names or OPERATIONS)
     for number in rng.choice(len(names), count, replace=False):
         picture = OPERATIONS[names[number]](rng, picture)
     return np.asarray(picture)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from flawmap.errors import FlawmapError
 from flawmap.imaging.arrays import as_pixels
-from flawmap.synthesis.augmentation import augment
+from flawmap.synthesis.augmentation import OPERATIONS, augment
 from flawmap.synthesis.blending import alpha_blend, seamless_blend
 from flawmap.synthesis.cutpaste import cutpaste, scar
 from flawmap.synthesis.perlin import perlin_mask
@@ -19,9 +19,6 @@ from flawmap.synthesis.rearrangement import rearrange
 from flawmap.synthesis.sources import Textures, another_image, fitted
 from flawmap.synthesis.textures import draw_texture
 from flawmap.synthesis.visibility import change, contrast
-
-_ATTEMPTS = 10
-_OWN_SHARE = (0.0, 0.8)  # of the image itself in what "merged" lays in
 
 
 @dataclass(frozen=True)
@@ -33,9 +30,13 @@ class SynthesisSettings:
         seamless: share of the defects that are laid in by their gradients; the others are alpha-blended.
         opacity: of alpha blending, uniform between the two; DRAEM's β is 1 - opacity.
         scales: Perlin masks have 2^k cells along an axis, k uniform between the two.
-        threshold: of Perlin masks.
+        threshold: of Perlin masks; of two numbers one uniform between them, drawn for each mask.
         isolated: share of the Perlin masks of which one to three spots are kept instead of all.
         augmented: whether sources other than CutPaste's are changed by three of the operations in `augmentation`.
+        operations: names of those operations; all where there are none.
+        own_share: of the image itself in what "merged" lays in, uniform between the two.
+        coloured: whether images whose channels are all alike get coloured defects, if their sources are.
+        attempts: how often what falls outside the region, or cannot be seen, is drawn, before the image stays good.
         jitter: by how much the brightness and contrast of CutPaste's patches change at most; its authors' is 0.1, which
             hardly shows on an even texture.
         least_change: defects that change the image by less than this, on the scale 0..1, are made anew. Counted is the
@@ -54,9 +55,13 @@ class SynthesisSettings:
     seamless: float = 0.25
     opacity: tuple[float, float] = (0.2, 1.0)
     scales: tuple[int, int] = (0, 5)
-    threshold: float = 0.5
+    threshold: float | tuple[float, float] = 0.5
     isolated: float = 0.5
     augmented: bool = True
+    operations: tuple[str, ...] = ()
+    own_share: tuple[float, float] = (0.0, 0.8)
+    coloured: bool = False
+    attempts: int = 10
     jitter: float = 0.3
     least_change: float = 0.03
     least_contrast: float = 0.0
@@ -74,6 +79,12 @@ class SynthesisSettings:
         if not 0 <= self.least_contrast <= 255 or self.least_pixels < 1:
             least = f"least_contrast is {self.least_contrast}, least_pixels {self.least_pixels}"
             raise FlawmapError(f"synthesis: {least}; give 0 to 255, and 1 or more")
+        if unknown := sorted({*self.operations} - OPERATIONS.keys()):
+            raise FlawmapError(f"synthesis: operations are {', '.join(unknown)}; choose from {', '.join(OPERATIONS)}")
+        if self.attempts < 1:
+            raise FlawmapError(f"synthesis: attempts is {self.attempts}; give 1 or more")
+        if not 0 <= self.own_share[0] <= self.own_share[1] <= 1:
+            raise FlawmapError(f"synthesis: own_share is {self.own_share}; give two numbers in 0 to 1, the lower first")
         if not 0 <= self.opacity[0] <= self.opacity[1] <= 1:
             raise FlawmapError(f"synthesis: opacity is {self.opacity}; give two numbers in 0 to 1, the lower first")
         if not 0 <= self.scales[0] <= self.scales[1] <= 12:
@@ -117,7 +128,8 @@ def synthesize(
     """One synthetic defect on a good image. The same generator state and arguments give the same defect.
 
     Defects that fall outside the region or cannot be seen are drawn anew, a few times; after that the image is
-    returned as it is, with an empty mask and the kind "none". Images whose channels are all alike get grey defects.
+    returned as it is, with an empty mask and the kind "none". Images whose channels are all alike get grey defects,
+    unless `coloured`.
 
     Args:
         image: as `flawmap.imaging.arrays.as_pixels` takes it: uint8, uint16 or float in [0, 1], (H, W) or (H, W, 3).
@@ -146,7 +158,7 @@ def synthesize(
     canvas = _Canvas(pixels, others, region, textures, settings, white)
     names = list(settings.kinds)
     shares = np.array([settings.kinds[name] for name in names], dtype=np.float64)
-    for _ in range(_ATTEMPTS if region.any() else 0):
+    for _ in range(settings.attempts if region.any() else 0):
         kind = names[rng.choice(len(names), p=shares / shares.sum())]
         source, mask = KINDS[kind](rng, canvas)
         seamless = bool(rng.random() < settings.seamless)
@@ -156,7 +168,7 @@ def synthesize(
             continue
         box = _around(mask)
         plain, laid = _unit(pixels[box], white), _unit(source[box], white)  # (h, w, C), (h, w, C')
-        if laid.shape[2] == 3 and (plain.shape[2] == 1 or _colourless(plain)):
+        if laid.shape[2] == 3 and (plain.shape[2] == 1 or (_colourless(plain) and not settings.coloured)):
             laid = laid.mean(axis=2, keepdims=True)
         if laid.shape[2] != plain.shape[2]:
             laid = np.repeat(laid, plain.shape[2], axis=2)
@@ -211,7 +223,7 @@ def _merged(rng: np.random.Generator, canvas: _Canvas) -> _Made:
     elif transform == 2:
         source = source[::-1, ::-1]
     texture = _augmented(rng, canvas.textures(rng, mask.shape), canvas)
-    share = np.float32(rng.uniform(*_OWN_SHARE))
+    share = np.float32(rng.uniform(*canvas.settings.own_share))
     return (source * share + texture * (1 - share)).round().astype(np.uint8), mask
 
 
@@ -237,16 +249,26 @@ DEFAULTS = SynthesisSettings()
 VISIBLE = SynthesisSettings(least_contrast=16.0, least_pixels=16)
 """For defects that people look at: a sixteenth of the range from black to white, on 4 x 4 pixels' area or more."""
 CLS_CNF = SynthesisSettings(kinds={"texture": 0.5, "image": 0.5}, seamless=0.0, isolated=0.0, least_change=0.0)
-"""Oh & Kim (IEEE Access 2024), as their program does it."""
+"""Oh & Kim (IEEE Access 2024); their program keeps empty masks (`attempts=1`) and lays colours on grey (`coloured`)."""
 DRAEM = SynthesisSettings(kinds={"texture": 1.0}, seamless=0.0, isolated=0.0, least_change=0.0)
-"""Zavrtanik, Kristan & Skočaj (ICCV 2021)."""
+"""Zavrtanik, Kristan & Skočaj (ICCV 2021), as their program does it, whose β is 1 - opacity."""
+DRAEM_TEXT = replace(
+    DRAEM,
+    opacity=(0.1, 1.0),
+    threshold=(0.3, 0.7),
+    operations=("posterize", "sharpness", "solarize", "equalize", "brightness", "hue and saturation", "autocontrast"),
+)
+"""The same as the paper prints it: Eq. 4's β in 0.1 to 1 is the opacity, the threshold is random (of what range it does
+not say), and three of seven operations change a texture."""
 POUTA = SynthesisSettings(kinds={"merged": 1.0}, seamless=0.0, opacity=(1.0, 1.0), isolated=0.0, least_change=0.0)
 """Wang et al. (arXiv 2312.12913); what it leaves open is taken from DRAEM, whose β is the share of the image itself."""
 
 
 def _perlin(rng: np.random.Generator, canvas: _Canvas) -> NDArray[np.bool_]:
     settings = canvas.settings
-    mask = perlin_mask(rng, canvas.region.shape, settings.scales, settings.threshold)
+    given = settings.threshold
+    threshold = float(rng.uniform(*given)) if isinstance(given, tuple) else given
+    mask = perlin_mask(rng, canvas.region.shape, settings.scales, threshold)
     if rng.random() < settings.isolated:
         from scipy.ndimage import label
 
@@ -259,7 +281,7 @@ def _perlin(rng: np.random.Generator, canvas: _Canvas) -> NDArray[np.bool_]:
 
 
 def _augmented(rng: np.random.Generator, source: NDArray[np.uint8], canvas: _Canvas) -> NDArray[np.uint8]:
-    return augment(rng, source) if canvas.settings.augmented else source
+    return augment(rng, source, names=canvas.settings.operations) if canvas.settings.augmented else source
 
 
 def _around(mask: NDArray[np.bool_]) -> tuple[slice, slice]:

@@ -55,7 +55,10 @@ def tune(
             labelled test images for `oracle`.
     """
     detector.check_live()
-    assert detector.latents_ is not None
+    if detector.latents_ is None:
+        raise FlawmapError(
+            "all good images were learnt from, none is left to tune on: train without --calibration none"
+        )
     method, preparation = detector.method_, detector.preparation_
     # Before anything is computed.
     detector.moved_config({name: values[0] for name, values in (grid or {}).items() if values})

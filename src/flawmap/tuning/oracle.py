@@ -20,7 +20,7 @@ from flawmap.learning.fitting import SHORT
 from flawmap.metrics import partial_spearman, spearman
 from flawmap.tuning.sweep import FIGURES, Labelled, Sweep, labelled
 
-_CANDIDATES = 60_000  # training patches among which a gallery is chosen
+_CANDIDATES = 60_000  # training patches among which a gallery is chosen, unless it was among all in training
 
 Point = dict[str, float]
 """A value of each live setting."""
@@ -40,10 +40,12 @@ class OracleGrid:
 
     Attributes:
         points, figures: each point, and what was reached there, in `FIGURES`.
+        reselected: whether what depends on the settings was chosen anew at every point.
     """
 
     points: list[Point]
     figures: list[dict[str, float]]
+    reselected: bool = False
 
     def best(self, figure: str) -> tuple[Point, float]:
         """The point that is best for one figure, the first among equals."""
@@ -107,7 +109,7 @@ def oracle_grid(
     if method.reselects and len(known) == detector.training_["images"]:
         good = (Labelled(read_image(path), False) for path in known)
         with Sweep(method, good, len(known), *shared) as sweep:
-            candidates = sweep.patches(_CANDIDATES)
+            candidates = sweep.patches(method.config.max_candidates if method.config.reselect else _CANDIDATES)
     points = grid_points(method.searched)
     figures = []
     with Sweep(method, (labelled(sample) for sample in samples), len(samples), *shared) as sweep:
@@ -117,7 +119,7 @@ def oracle_grid(
                 moved.reselect(candidates)
             figures.append(sweep.figures(moved))
             progress("oracle grid", done, len(points))
-    return OracleGrid(points, figures)
+    return OracleGrid(points, figures, candidates is not None)
 
 
 def test_samples(source: str | Path | Dataset | Sequence[str | Path], category: str | None) -> list[Sample]:
@@ -138,7 +140,8 @@ def oracle_table(grid: OracleGrid, current: Mapping[str, float]) -> str:
         point, value = grid.best(figure)
         at = ", ".join(f"{name}={setting:g}" for name, setting in point.items())
         now = next((f[figure] for p, f in zip(grid.points, grid.figures, strict=True) if p == dict(current)), math.nan)
-        beside = "" if math.isnan(now) else f"   as trained {now:.3f}"
+        own = "at its own settings, chosen anew" if grid.reselected else "as trained"
+        beside = "" if math.isnan(now) else f"   {own} {now:.3f}"
         lines.append(f"  {figure.replace('_', ' '):<12} {value:.3f} at {at}{beside}")
     if correlations := grid.correlations():
         lines.append("Spearman correlation with pixel AUROC over the grid:")

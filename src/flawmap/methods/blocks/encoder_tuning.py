@@ -21,8 +21,6 @@ from flawmap.methods.blocks.decoder import Decoder
 from flawmap.methods.contract import Config, Optimise, SyntheticDefects, epochs_within
 from flawmap.synthesis import CLS_CNF, soft_label
 
-_SLOPE = 5.0  # of soft labels
-
 
 class EncoderTuningConfig(Config):
     """Settings of the tuning."""
@@ -34,6 +32,11 @@ class EncoderTuningConfig(Config):
     soft_label: Literal["abs_pixelwise", "official_signed_scalar", "binary"] = Field(
         "abs_pixelwise", description="what a defect's pixels should be classified as"
     )
+    label_slope: float = Field(5.0, gt=0, le=1000, description="how fast soft labels rise with what has changed")
+    empty_masks: bool = Field(
+        False, description="a defect that misses the part leaves its image good, instead of being drawn anew"
+    )
+    coloured: bool = Field(False, description="grey images with three channels get coloured defects")
     in_domain: float = Field(0.5, ge=0, le=1, description="share of defects whose source is another training image")
     textures: Path | None = Field(None, description="folder of texture photographs; they are drawn if unset")
     object_mask: Literal["auto", "off"] = Field("auto", description="defects lie on the part where there is a ground")
@@ -76,7 +79,9 @@ class EncoderTuning:
         def before_epoch(epoch: int) -> None:
             self.encoder.requires_grad_(epoch >= frozen)
 
-        settings = replace(CLS_CNF, kinds={"texture": 1 - config.in_domain, "image": config.in_domain})
+        kinds = {"texture": 1 - config.in_domain, "image": config.in_domain}
+        attempts = 1 if config.empty_masks else CLS_CNF.attempts
+        settings = replace(CLS_CNF, kinds=kinds, coloured=config.coloured, attempts=attempts)
         return Optimise(
             "encoder",
             loss,
@@ -113,7 +118,7 @@ class EncoderTuning:
         std = torch.tensor(self.encoder.std)
         plain, changed = ((x.cpu().movedim(1, 3) * std).numpy() for x in (images, defective))  # (B, H, W, 3)
         labels = [
-            soft_label(before, after, mask, self.config.soft_label, _SLOPE)
+            soft_label(before, after, mask, self.config.soft_label, self.config.label_slope)
             for before, after, mask in zip(plain, changed, masks[:, 0].cpu().numpy() > 0, strict=True)
         ]
         return torch.from_numpy(np.stack(labels))[:, None].to(images)

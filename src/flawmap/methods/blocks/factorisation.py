@@ -21,7 +21,11 @@ class FactorisationConfig(Config):
     nll_half: bool = Field(True, description="half the squared norm in Eq. 2")
     covariance: bool = Field(True, description="term 1 of Eq. 5: z_l and z_g uncorrelated")
     centred: bool = Field(True, description="the covariance of term 1 about the batch's mean")
+    covariance_as: Literal["mean", "sum", "norm"] = Field(
+        "mean", description="term 1's size: mean or sum of its entries' sizes, or the root of the sum of their squares"
+    )
     semantics: Literal["cls", "reg", "none"] = Field("cls", description="term 2: z_l tells f, by cosine or square")
+    square_as: Literal["mean", "sum"] = Field("mean", description="term 2's square over the channels, with reg")
     position: bool = Field(True, description="term 3: z_g tells the position")
 
 
@@ -54,7 +58,8 @@ class Factorisation(nn.ModuleDict):
         total: Tensor = config.gamma * self.likelihood(z, log_det)  # Eq. 2
         z_l, z_g = z.split(self.parts, 1)
         if config.covariance:
-            total = total + covariance(z_l, z_g, centred=config.centred)  # term 1 of Eq. 5
+            found = covariance(z_l, z_g, centred=config.centred, size=config.covariance_as)
+            total = total + found  # term 1 of Eq. 5
         if config.semantics != "none":
             total = total + self.unlikeness(f, self["semantics"](z_l))  # term 2
         if config.position:
@@ -67,14 +72,22 @@ class Factorisation(nn.ModuleDict):
 
     def unlikeness(self, f: Tensor, told: Tensor) -> Tensor:
         """Of patches (N, c) and what MLP_l tells of them: "cls" by angle, "reg" by distance."""
-        return 1 - F.cosine_similarity(f, told).mean() if self.config.semantics == "cls" else F.mse_loss(told, f)
+        if self.config.semantics == "cls":
+            return 1 - F.cosine_similarity(f, told).mean()
+        squares = (told - f).square()
+        return squares.mean() if self.config.square_as == "mean" else squares.sum(1).mean()
 
 
-def covariance(first: Tensor, second: Tensor, *, centred: bool = True) -> Tensor:
-    """Term 1 of Eq. 5: the mean size of the covariances of z_l (N, a) and z_g (N, b) over a batch."""
+def covariance(
+    first: Tensor, second: Tensor, *, centred: bool = True, size: Literal["mean", "sum", "norm"] = "mean"
+) -> Tensor:
+    """Term 1 of Eq. 5: the size of the covariance matrix of z_l (N, a) and z_g (N, b) over a batch."""
     if centred:
         first, second = first - first.mean(0), second - second.mean(0)
-    return (first.T @ second / len(first)).abs().mean()
+    found = first.T @ second / len(first)
+    if size == "norm":
+        return found.square().sum().clamp_min(1e-24).sqrt()  # the root has no slope at zero
+    return found.abs().mean() if size == "mean" else found.abs().sum()
 
 
 def _mlp(inputs: int, width: int, outputs: int) -> nn.Sequential:

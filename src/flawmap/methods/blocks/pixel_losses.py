@@ -8,7 +8,7 @@ from torch import Tensor
 
 _WINDOW, _SIGMA = 11, 1.5  # of SSIM, in pixels
 _C1, _C2 = 0.01**2, 0.03**2  # of SSIM, for values in 0..1
-_LEAST = 1e-5  # probabilities are kept that far from 0 and 1
+_LEAST = 1e-5  # a pixel told right for certain still has a slope
 
 
 def ssim(x: Tensor, y: Tensor) -> Tensor:
@@ -31,15 +31,19 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
     return found
 
 
-def focal(probability: Tensor, mask: Tensor, gamma: float = 2.0) -> Tensor:
-    """-(1 - p)^gamma log p of each pixel's true class (Lin et al., ICCV 2017), of the arguments' shape.
+def focal(logits: Tensor, mask: Tensor, gamma: float = 2.0) -> Tensor:
+    """-(1 - p)^gamma log p of each pixel's true class (Lin et al., ICCV 2017), (B, 1, H, W).
+
+    Of logits, so that a pixel that is missed for certain still learns.
 
     Args:
-        probability: of a defect, 0..1.
-        mask: 1 where there is one, 0 elsewhere.
+        logits: (B, 2, H, W), of no defect and of one.
+        mask: (B, 1, H, W), 1 where there is one, 0 elsewhere.
+        gamma: how much less pixels count that are told right.
     """
-    true = torch.where(mask > 0, probability, 1 - probability).float().clamp(_LEAST, 1 - _LEAST)
-    return -((1 - true).pow(gamma)) * true.log()
+    classes = F.log_softmax(logits.float(), 1)
+    true = torch.where(mask > 0, classes[:, 1:], classes[:, :1])
+    return -((-torch.expm1(true)).clamp_min(_LEAST).pow(gamma)) * true
 
 
 def mean_inside(values: Tensor, inside: Tensor | None) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +41,9 @@ class PositionFlowsConfig(Config):
     hidden: float = Field(1.0, gt=0, le=16, description="width of the subnets' middle layer over that of their input")
     two_sided: bool = Field(False, description="a block changes both halves of the channels")
     loss: Literal["sigmoid", "plain"] = Field("sigmoid", description="-log sigmoid(log p / C), or -log p / C")
+    cosine: Literal["after", "whole"] = Field(
+        "after", description="the rate's cosine begins after the warm-up, or runs over all steps, the warm-up's too"
+    )
     fibres: int = Field(
         0, ge=0, le=1_000_000, description="vectors in a step, of one level; 0: all of a batch, of all levels"
     )
@@ -58,21 +61,6 @@ class PositionFlowsConfig(Config):
 
 
 AnyConfig = TypeVar("AnyConfig", bound=PositionFlowsConfig)
-
-PRINTED: dict[str, Any] = {
-    "deep_levels": (),
-    "pool": 1,
-    "whiten": False,
-    "hidden": 2.0,
-    "fibres": 256,
-    "shared_adam": True,
-    "image_score": "map",
-    "epochs": 200,
-    "max_steps": 0,
-    "batch_size": 32,
-    "learning_rate": 2e-4,
-}
-"""The settings of both papers."""
 
 
 def with_levels(config: AnyConfig, backbone: str) -> AnyConfig:
@@ -164,7 +152,7 @@ class PositionFlows(nn.Module):
             epochs_within(config.max_steps, config.epochs, images, config.batch_size),
             config.batch_size,
             partial(torch.optim.Adam, lr=config.learning_rate),
-            schedule=warm_cosine,
+            schedule=partial(warm_cosine, whole=config.cosine == "whole"),
             keep_gradients=config.shared_adam,
         )
         yield self._peaks()
@@ -255,14 +243,22 @@ def vectors_inside(level: Tensor, inside: Tensor | None) -> tuple[Tensor, Tensor
     return vectors[kept], kept.nonzero()[:, 1]
 
 
-def warm_cosine(optimiser: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
-    """The rate rises from a tenth, and then falls along a cosine to a thousandth."""
+def warm_cosine(
+    optimiser: torch.optim.Optimizer, steps: int, *, whole: bool = False
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """The rate rises from a tenth, and then falls along a cosine to a thousandth.
+
+    The cosine begins where the rise ends; with `whole` at the first step, and the rise ends on it, as in the authors'
+    programs.
+    """
     warm = max(1, round(_WARM_UP * steps))
+    begins = 0 if whole else warm
+
+    def cosine(step: int) -> float:
+        return 1e-3 + (1 - 1e-3) * (1 + math.cos(math.pi * (step - begins) / max(1, steps - begins))) / 2
 
     def factor(step: int) -> float:
-        if step < warm:
-            return 0.1 + 0.9 * step / warm
-        return 1e-3 + (1 - 1e-3) * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm))) / 2
+        return 0.1 + (cosine(warm) - 0.1) * step / warm if step < warm else cosine(step)
 
     return torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -30,11 +31,21 @@ class PositionGaussians(nn.Module):
         grid: (h, w).
         width: C, or D if that is fewer.
         diagonal: variances only.
+        enlarge: how coarser levels reach the grid.
     """
 
-    def __init__(self, channels: Sequence[int], grid: tuple[int, int], width: int, *, diagonal: bool = False) -> None:
+    def __init__(
+        self,
+        channels: Sequence[int],
+        grid: tuple[int, int],
+        width: int,
+        *,
+        diagonal: bool = False,
+        enlarge: Literal["bilinear", "nearest"] = "bilinear",
+    ) -> None:
         super().__init__()
         self.grid = grid
+        self.enlarge = enlarge
         positions, available = grid[0] * grid[1], sum(channels)
         self.width = min(width, available)
         self.diagonal = diagonal
@@ -66,7 +77,8 @@ class PositionGaussians(nn.Module):
             start += maps.shape[1]
             reduced = (part @ maps.flatten(2)).unflatten(2, maps.shape[-2:])
             if maps.shape[-2:] != self.grid:
-                reduced = F.interpolate(reduced, size=self.grid, mode="bilinear", align_corners=False)
+                corners = None if self.enlarge == "nearest" else False
+                reduced = F.interpolate(reduced, size=self.grid, mode=self.enlarge, align_corners=corners)
             embedded = embedded + reduced
         return embedded.flatten(2).permute(2, 0, 1).contiguous()  # products of many small matrices want it
 

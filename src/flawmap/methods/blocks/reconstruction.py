@@ -35,9 +35,8 @@ class ReconstructiveConfig(LevelledConfig):
         600, ge=0, le=100_000_000, description="fewer passes where they would take more steps; 0: no limit"
     )
     batch_size: int = Field(8, ge=1, le=4096, description="images in a step")
-    learning_rate: float = Field(
-        1e-3, gt=0, le=1e6, description="of Adam; a fifth after 80 % of the steps, again after 90 %"
-    )
+    learning_rate: float = Field(1e-3, gt=0, le=1e6, description="of Adam; it falls twice")
+    focal_gamma: float = Field(2.0, ge=0, le=100, description="how much less the focal loss counts what is told right")
     pool: int = Field(
         21, ge=1, le=63, description="side of the square whose mean is the image score, scaled with the input"
     )
@@ -101,6 +100,14 @@ class Reconstructive(Method):
         """The network, freshly drawn."""
         raise NotImplementedError
 
+    def synthesis(self) -> SynthesisSettings:
+        """How defects are made."""
+        return self.defects
+
+    def milestones(self) -> tuple[tuple[float, float], float]:
+        """After which shares of the steps the learning rate falls, and to what share of itself."""
+        return (0.8, 0.9), 0.2
+
     def unit(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) as the backbone takes them -> in 0..1."""
         # CPUs convolve few channels faster where these lie side by side.
@@ -116,9 +123,9 @@ class Reconstructive(Method):
             epochs_within(config.max_steps, config.epochs, images, config.batch_size),
             config.batch_size,
             self._optimiser,
-            _steps_down,
+            self._steps_down,
             inputs=SyntheticDefects(
-                self.defects,
+                self.synthesis(),
                 clean=config.clean,
                 textures=config.textures,
                 foreground=config.foreground,
@@ -131,6 +138,10 @@ class Reconstructive(Method):
 
     def _optimiser(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         return torch.optim.Adam(parameters, lr=self.config.learning_rate)
+
+    def _steps_down(self, optimiser: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+        shares, factor = self.milestones()
+        return torch.optim.lr_scheduler.MultiStepLR(optimiser, [round(s * steps) for s in shares], gamma=factor)
 
     def score(self, features: list[Tensor], inside: Tensor | None = None) -> tuple[Tensor, Tensor]:
         probability = self.network(self.unit(features[-1]))[1].softmax(1)[:, 1:]
@@ -146,8 +157,3 @@ class Reconstructive(Method):
 
     def enlarge(self, anomaly_map: Tensor, inside: Tensor | None = None) -> Tensor:
         return within(anomaly_map, inside)
-
-
-def _steps_down(optimiser: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
-    milestones = [round(0.8 * steps), round(0.9 * steps)]
-    return torch.optim.lr_scheduler.MultiStepLR(optimiser, milestones, gamma=0.2)
