@@ -132,7 +132,7 @@ def test_sources_are_told_apart_by_their_names():
 class Stream:
     """An MJPEG stream over HTTP of numbered frames; it remembers when it sent each."""
 
-    def __init__(self, part, rate=20, port=0):
+    def __init__(self, part, rate=20, port=0, buffered=0):
         self.sent, self.rate, self.frozen = {}, rate, False
         self.connections = 0
         stream = self
@@ -144,6 +144,8 @@ class Stream:
                 self.send_header("Content-Type", "multipart/x-mixed-replace; boundary=frame")
                 self.end_headers()
                 with suppress(OSError):
+                    for _ in range(buffered):
+                        self.wfile.write(stream.next(part))
                     while not stream.ended:
                         if not stream.frozen:
                             self.wfile.write(stream.next(part))
@@ -202,6 +204,17 @@ def test_a_triggered_frame_is_one_that_came_after_the_trigger(stream):
         assert not camera.finished()
     finally:
         camera.close()
+
+
+def test_what_was_buffered_when_a_stream_is_opened_is_passed_over(part):
+    stream = Stream(part, buffered=40)
+    camera = Camera(stream.url, every=None)
+    try:
+        camera.trigger()
+        assert number_of(next_shot(camera).pixels) >= 40
+    finally:
+        camera.close()
+        stream.close()
 
 
 def test_triggers_that_come_while_another_is_judged_have_frames_of_their_own_time(stream):

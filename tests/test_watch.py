@@ -247,7 +247,8 @@ def test_a_file_that_cannot_be_decoded_is_waited_for(folder, records):
     assert "is empty" in shot.error
 
 
-def test_names_that_no_database_takes_are_kept_in_another_form(records, tmp_path, good_image):
+def test_names_that_no_database_takes_are_kept_in_another_form(postgresql_url, tmp_path, good_image):
+    records = Records(open_database(postgresql_url))
     folder = tmp_path / "in"
     deep = folder.joinpath(*["d" * 200] * 3)
     deep.mkdir(parents=True)
@@ -338,6 +339,19 @@ def test_a_move_replaces_nothing_and_a_broken_off_one_is_finished(tmp_path, monk
         shutil.rmtree(target / "good", ignore_errors=True)
         if kind == "two":
             target.rmdir()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege there")
+def test_of_a_link_what_it_leads_to_is_copied(tmp_path):
+    (tmp_path / "real.png").write_bytes(b"a")
+    (tmp_path / "in").mkdir()
+    link = tmp_path / "in" / "link.png"
+    link.symlink_to("../real.png")
+    there = move_beside(link, tmp_path / "done" / "deep" / "link.png")
+    assert not there.is_symlink()
+    assert there.read_bytes() == b"a"
+    assert not link.is_symlink()
+    assert (tmp_path / "real.png").exists()
 
 
 def test_a_file_that_was_replaced_after_its_verdict_is_not_moved(folder, records, tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -96,6 +95,7 @@ def watch_command(
     """
     if max_false_reject is not None and threshold is not None:
         raise click.UsageError("give --max-false-reject or --threshold, not both")
+    webhooks = tuple(dict.fromkeys(webhooks))
     if model is None and not retry_dead:
         raise click.UsageError("name a MODEL, and at least one SOURCE to watch")
     if model is not None and not sources:
@@ -182,7 +182,7 @@ def watch_command(
             held.callback(server.server_close)
             held.callback(server.shutdown)
         if every is None and not once and any(_is_live(source) for source in sources):
-            on_enter(sys.stdin, trigger)
+            on_enter(0, trigger)
         recorder = Recorder(records, Pictures(store / "pictures", records, int(keep_gb * 1e9)), keep)
         lines = VerdictLines(form, _WIDTH, inspector.digest)
 
@@ -253,7 +253,7 @@ def _sinks(
         secret = read_secret(secret_file)
         for url in webhooks:
             check_url(url)
-        for url in dict.fromkeys(webhooks):
+        for url in webhooks:
             sinks.append(Webhook(url, secret, deliveries, tries=tries))
             held.callback(sinks[-1].close)
     if mqtt is not None:

@@ -39,7 +39,7 @@ _USB = re.compile(r"usb:(\d{1,3})")
 _TIMEOUT = 5000  # milliseconds that a stream may take to open, or to give a frame
 _WAITS = (0.5, 30.0)  # seconds to wait before a stream is opened anew: at first, at most
 _PATIENCE = 5.0  # seconds that a trigger waits for a frame
-_BUFFERED = 2.0  # seconds after opening in which frames may come out of a buffer
+_BUFFERED = 1.0  # seconds after opening in which frames come out of a buffer, and are passed over
 _TRIGGERED = 32  # frames that may wait to be judged
 
 
@@ -226,17 +226,13 @@ class Camera:
 
     def _read(self, video: Any) -> None:
         """Takes frames until there are none."""
-        rate = video.get(self._cv2.CAP_PROP_FPS)
-        waits = 0.5 / rate if math.isfinite(rate) and 1 <= rate <= 200 else 0.01
-        opened, live = time.monotonic(), False
+        opened = time.monotonic()
         while not self._closing:
             before = time.monotonic()
             if not video.grab():
                 return
             after = time.monotonic()
-            # What was buffered while it was opened comes without a wait.
-            live = live or after - before >= waits or after - opened >= _BUFFERED
-            if not live:
+            if after - opened < _BUFFERED:
                 continue
             if self._lost:
                 _LOG.warning("%s: gives pictures again", self._shown)

@@ -50,7 +50,8 @@ def _same(path: Path, other: Path) -> bool:
 
 def _take_name(path: Path, place: Path) -> None:
     """Raises FileExistsError where the name is taken."""
-    if path.stat().st_dev == place.parent.stat().st_dev:
+    # A link that leads elsewhere by a relative path would lead nowhere from there: what it leads to is copied.
+    if not path.is_symlink() and path.stat().st_dev == place.parent.stat().st_dev:
         _rename(path, place)
         return
     if place.exists():

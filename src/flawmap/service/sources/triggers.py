@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import TextIO
 
 from flawmap.errors import FlawmapError
 
 
-def on_enter(stream: TextIO, trigger: Callable[[], None]) -> None:
-    """Triggers at each line of a stream, in a thread of its own, until it ends."""
+def on_enter(descriptor: int, trigger: Callable[[], None]) -> None:
+    """Triggers at each line that comes from a file descriptor, in a thread of its own, until it ends.
+
+    Not from a stream, whose lock a thread that waits in it would hold when Python ends.
+    """
 
     def read() -> None:
-        for _ in stream:
-            trigger()
+        with suppress(OSError):
+            while data := os.read(descriptor, 1024):
+                for _ in range(data.count(b"\n")):
+                    trigger()
 
     threading.Thread(target=read, name="enter", daemon=True).start()
 
