@@ -153,3 +153,23 @@ def flawmap(monkeypatch, capsys):
         return left.value.code or 0, out, err
 
     return run
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """The browser that the page is tested in."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    found = next(filter(None, map(shutil.which, names)), None)
+    if found is None and shutil.which("apt-get") and hasattr(os, "geteuid") and os.geteuid() == 0:
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "check": False, "timeout": 900}
+        for command in (["update"], ["install", "-y", "--no-install-recommends", "chromium"]):
+            subprocess.run(
+                ["apt-get", "-qq", *command], env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"}, **quiet
+            )
+        found = shutil.which("chromium")
+    if found is None:
+        told = "Chromium is not here, and only root can install Debian's package"
+        if os.environ.get("CI"):
+            pytest.fail(told)
+        pytest.skip(told)
+    return found

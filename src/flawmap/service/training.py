@@ -436,7 +436,8 @@ def thumbnail(path: Path, side: int) -> bytes | None:
 
 def _is_image_member(member: zipfile.ZipInfo) -> bool:
     name = PurePosixPath(member.filename.replace("\\", "/"))
-    return not member.is_dir() and name.suffix.lower() in IMAGE_SUFFIXES and not any(map(hidden, name.parts))
+    unseen = any(hidden(part) for part in name.parts if part != "..")
+    return not member.is_dir() and name.suffix.lower() in IMAGE_SUFFIXES and not unseen
 
 
 def _bounded(file: IO[bytes], limit: int) -> bytes | None:

@@ -84,7 +84,7 @@ class _Knobs:
                             .on_value_change(self.move)
                             .props(f'aria-label="{label}"')
                         )
-                ui.button("As trained", on_click=self.back).props("outline no-caps")
+                ui.button("As trained", on_click=self.back, color=None).props("outline no-caps").classes("plain")
                 ui.label(
                     "The threshold follows from the good images that the model keeps. Nothing is changed for the line: "
                     "to keep a setting, train with it, for instance --set "

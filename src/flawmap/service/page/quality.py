@@ -79,8 +79,9 @@ def _of_model(service: Service, model: str | None, days: int, worded: list[Inspe
         if judge.calibration is not None and judge.threshold is not None:
             _tell([score_drift(judge.calibration.scores, recent, judge.threshold.value)], "at calibration")
         first = _first(service, host.name, _RECENT)
-        last_first = first[-1].id if first else 0
-        _tell(capture_drift(first, [row for row in recent if row.id > last_first]), "first seen")
+        if first and len([row for row in recent if row.id > first[-1].id]) < len(first):  # few yet: half against half
+            first = first[: len(recent) // 2]
+        _tell(capture_drift(first, [row for row in recent if first and row.id > first[-1].id]), "first seen")
         ui.label(
             f"Two-sample Kolmogorov-Smirnov tests over the last {_RECENT} inspections; p-values of the capture "
             f"statistics are corrected for their number (Holm). Below {_SURE:g} it is called a drift."
@@ -170,8 +171,8 @@ def _tell(drifts: list[Drift], before: str) -> None:
         else:
             verdict = f"no sign of it (p = {one.p_value:.2g})"
         counts = f"{one.counts[0]} and {one.counts[1]}"
-        rows.append((one.name, _number(one.before), _number(one.now), counts, verdict))
-    table(("What", f"Median {before}", "Median now", "Compared", "Drift"), rows)
+        rows.append((one.name, verdict, _number(one.before), _number(one.now), counts))
+    table(("What", "Drift", f"Median {before}", "Median now", "Compared"), rows, f"Drift from what was {before}")
 
 
 def _number(value: float) -> str:

@@ -219,7 +219,9 @@ class _Training:
                     self.bar = ui.element("div")
                 self.left = ui.label().classes("quiet")
                 ui.label("It goes on when this page is closed.").classes("quiet")
-                ui.button("Cancel", on_click=lambda: self.cancel(row.id)).props("outline no-caps")
+                ui.button("Cancel", on_click=lambda: self.cancel(row.id), color=None).props("outline no-caps").classes(
+                    "plain"
+                )
             elif row.state == "done":
                 self._show_done(row)
             elif row.message:
@@ -247,7 +249,8 @@ class _Training:
                     ui.label(Path(one.path).name).classes("name")
                     ui.label(f"score {one.score:.4g}, p {one.p_value:.2g}").classes("quiet")
                     ui.checkbox("Drop", on_change=lambda event, place=place: self._drop(place, bool(event.value)))
-        self.anew = ui.button("Train again", on_click=lambda: self.again(row)).props("outline no-caps")
+        self.anew = ui.button("Train again", on_click=lambda: self.again(row), color=None)
+        self.anew.props("outline no-caps").classes("plain")
         self._drop(-1, False)
 
     def _drop(self, place: int, dropped: bool) -> None:
