@@ -22,11 +22,14 @@ from sqlalchemy.orm import Session
 from flawmap import FlawmapError
 from flawmap.line import Inspector
 from flawmap.service.database import open_database
+from flawmap.service.hosting import Host
+from flawmap.service.pictures import Pictures
+from flawmap.service.recording import Recorder
 from flawmap.service.records import Filter, Records, Seen
 from flawmap.service.sources.folders import WatchedFolder
 from flawmap.service.sources.moving import move_beside
 from flawmap.service.tables import InspectionRow
-from flawmap.service.watching import with_kept_threshold
+from flawmap.service.watching import Watch
 from watching_processes import Process, wait_for
 
 ENGINE = ("--engine", "onnxruntime")
@@ -134,19 +137,42 @@ def test_hidden_and_own_files_and_the_folders_of_results_are_no_parts(flawmap, l
     assert names == ["0.png", "1.png", "2.png", "sub/a.png"]
 
 
+def hosted(line_model, records, name="m"):
+    return Host(name, line_model, records, lambda path: Inspector.load(path, engine="onnxruntime"))
+
+
 def test_a_threshold_is_a_version_in_the_records_and_stays(line_model, records):
-    inspector = Inspector.load(line_model, engine="onnxruntime")
-    assert with_kept_threshold(records, "screws", inspector).version == 0
-    given = with_kept_threshold(records, "screws", inspector, value=1.0)
-    assert (given.version, given.inspector.judge.threshold.value) == (1, 1.0)
-    assert with_kept_threshold(records, "screws", inspector, value=1.0).version == 1
-    kept = with_kept_threshold(records, "screws", inspector)
-    assert (kept.version, kept.inspector.judge.threshold.value) == (1, 1.0)
-    by_rate = with_kept_threshold(records, "screws", inspector, rate=0.5)
-    assert by_rate.version == 2
-    assert with_kept_threshold(records, "screws", inspector).inspector.judge.max_false_reject == 0.5
+    host = hosted(line_model, records, "screws")
+    trained = host.serving.inspector.judge.threshold.value
+    assert host.serving.version == 0
+    for _ in range(2):
+        given = host.keep_threshold(rate=None, value=1.0, by="watch")
+        assert (given.version, given.inspector.judge.threshold.value) == (1, 1.0)
+    other = hosted(line_model, records, "screws")
+    assert (other.serving.version, other.serving.inspector.judge.threshold.value) == (1, 1.0)
+    assert other.keep_threshold(rate=0.5, value=None, by="watch").version == 2
+    assert host.refresh()
+    assert host.serving.inspector.judge.max_false_reject == 0.5
     records.set_threshold("screws", "of another file", 3.0, None, "someone")
-    assert with_kept_threshold(records, "screws", inspector).version == 0
+    host.refresh()
+    assert (host.serving.version, host.serving.inspector.judge.threshold.value) == (4, trained)
+
+
+def test_a_threshold_that_is_set_meanwhile_holds_from_then_on(folder, records, line_model, tmp_path):
+    host = hosted(line_model, records)
+    recorder = Recorder(records, Pictures(tmp_path / "pictures", records, 10**9))
+    watch = Watch(host, recorder, [WatchedFolder(folder, "m", records)])
+    thread = threading.Thread(target=watch.run)
+    thread.start()
+    wait_for(lambda: sum(watch.counts.values()) == 4)
+    records.set_threshold("m", host.serving.inspector.digest or "", -1e9, None, "someone")
+    wait_for(lambda: host.serving.version == 1)
+    shutil.copy(folder / "0.png", folder / "late.png")
+    wait_for(lambda: sum(watch.counts.values()) == 5)
+    watch.end()
+    thread.join()
+    newest = records.latest(Filter(), 1)[0]
+    assert (newest.name, newest.verdict, newest.threshold_version) == ("late.png", "defect", 1)
 
 
 @pytest.mark.parametrize(
@@ -536,11 +562,6 @@ def test_a_folder_that_is_gone_is_waited_for(folder, records, caplog):
 
 
 def test_a_file_that_another_process_has_judged_is_passed_over(folder, records, line_model, tmp_path):
-    from flawmap.service.pictures import Pictures
-    from flawmap.service.recording import Recorder
-    from flawmap.service.watching import Model, Watch
-
-    inspector = Inspector.load(line_model, engine="onnxruntime")
     source = WatchedFolder(folder, "m", records, once=True)
     taken = source.take
 
@@ -553,7 +574,7 @@ def test_a_file_that_another_process_has_judged_is_passed_over(folder, records, 
     source.take = take
     written = []
     recorder = Recorder(records, Pictures(tmp_path / "pictures", records, 10**9))
-    watch = Watch(Model("m", inspector), recorder, [source], write=written.append, once=True)
+    watch = Watch(hosted(line_model, records), recorder, [source], write=written.append, once=True)
     watch.run()
     assert [one.path.name for one in written] == ["0.png", "2.png", "a.png"]
     with Session(records.engine) as session:
@@ -561,19 +582,14 @@ def test_a_file_that_another_process_has_judged_is_passed_over(folder, records, 
 
 
 def test_an_image_that_no_engine_can_take_is_an_error_and_not_the_end(folder, records, line_model, tmp_path):
-    from flawmap.service.pictures import Pictures
-    from flawmap.service.recording import Recorder
-    from flawmap.service.watching import Model, Watch
-
-    inspector = Inspector.load(line_model, engine="onnxruntime")
-    inspector.warm_up()
+    host = hosted(line_model, records)
 
     def fail(*arguments):
         raise RuntimeError("bad_alloc")
 
-    inspector.engine = fail
+    host.serving.inspector.engine = fail
     recorder = Recorder(records, Pictures(tmp_path / "pictures", records, 10**9))
-    watch = Watch(Model("m", inspector), recorder, [WatchedFolder(folder, "m", records, once=True)], once=True)
+    watch = Watch(host, recorder, [WatchedFolder(folder, "m", records, once=True)], once=True)
     watch.run()
     assert watch.counts == {"good": 0, "defect": 0, "unsure": 0, "error": 4}
     assert all("bad_alloc" in row.error for row in records.each(Filter()))

@@ -107,11 +107,12 @@ def watch_command(
     try:
         from flawmap.service.database import open_database
         from flawmap.service.deliveries import Deliveries
+        from flawmap.service.hosting import Host, model_name
         from flawmap.service.pictures import Pictures
         from flawmap.service.recording import Recorder
         from flawmap.service.records import Records
         from flawmap.service.sources.triggers import on_enter, on_http
-        from flawmap.service.watching import Model, Watch, until_it_can, with_kept_threshold
+        from flawmap.service.watching import Watch, until_it_can
     except ModuleNotFoundError as error:
         raise click.UsageError(
             f"watch needs {error.name}, which is not installed: pip install 'flawmap[serve]'"
@@ -130,9 +131,9 @@ def watch_command(
 
     from flawmap.line import Inspector
 
-    inspector = Inspector.load(model, engine=engine)
-    assert inspector.judge.threshold is not None
-    inspector.warm_up()
+    path = model
+    name = model_name(path)
+    inspector = Inspector.load(path, engine=engine)  # before a database is asked for
     watches: list[Watch] = []
     ended: list[bool] = []
 
@@ -149,15 +150,21 @@ def watch_command(
         deliveries = Deliveries(records.engine)
         if retry_dead:
             _retry(deliveries)
-        name = model.stem
+        first = [inspector]
 
-        def with_threshold() -> Model:
-            return with_kept_threshold(records, name, inspector, rate=max_false_reject, value=threshold)
+        def load(path: Path) -> Inspector:
+            return first.pop() if first else Inspector.load(path, engine=engine)
 
-        judging = until_it_can(with_threshold, lambda: bool(ended), once=once)
-        if judging is None:
+        def hosted() -> Host:
+            host = Host(name, path, records, load)
+            if max_false_reject is not None or threshold is not None:
+                host.keep_threshold(rate=max_false_reject, value=threshold, by="watch")
+            return host
+
+        host = until_it_can(hosted, lambda: bool(ended), once=once)
+        if host is None:
             return 0
-        say(judging.inspector.judge.describe(), err=True)
+        say(host.serving.inspector.judge.describe(), err=True)
 
         def wake() -> None:
             for watch in watches:
@@ -165,7 +172,7 @@ def watch_command(
 
         opened_sources = []
         for source in sources:
-            one = _source(source, judging.name, records, store, move, every, patience, once, wake)
+            one = _source(source, name, records, store, move, every, patience, once, wake)
             held.callback(one.close)
             opened_sources.append(one)
 
@@ -176,7 +183,7 @@ def watch_command(
                 if isinstance(one, Camera):
                     one.trigger()
 
-        sinks = _sinks(judging.name, deliveries, webhooks, webhook_secret, webhook_tries, mqtt, opcua, trigger, held)
+        sinks = _sinks(name, deliveries, webhooks, webhook_secret, webhook_tries, mqtt, opcua, trigger, held)
         if trigger_port is not None:
             server = on_http(trigger_port, trigger)
             held.callback(server.server_close)
@@ -191,7 +198,7 @@ def watch_command(
             if inspection.error is not None:
                 say(f"flawmap: {inspection.error}", err=True)
 
-        watch = Watch(judging, recorder, opened_sources, sinks=sinks, deliveries=webhooks, write=write, once=once)
+        watch = Watch(host, recorder, opened_sources, sinks=sinks, deliveries=webhooks, write=write, once=once)
         watches.append(watch)
         if not ended:
             watch.run()

@@ -18,7 +18,8 @@ from flawmap.service.tables import ThresholdRow
 
 _LOG = logging.getLogger("flawmap.service")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_LOOK = 1.0  # seconds between looks at the files
+LOOK = 1.0
+"""Seconds between looks at files and thresholds."""
 
 Load = Callable[[Path], Inspector]
 
@@ -80,6 +81,20 @@ class Host:
             row = self._records.set_threshold(self.name, digest or "", threshold.value, rate, by)
             self.serving = Serving(moved, row.version, rate)
             return self.serving
+
+    def keep_threshold(self, *, rate: float | None, value: float | None, by: str) -> Serving:
+        """`set_threshold`, unless that is the one in use.
+
+        Raises:
+            FlawmapError, DatabaseGoneError: as `set_threshold`.
+        """
+        used = self.serving.inspector.judge.threshold
+        wanted = self._trained.with_threshold(max_false_reject=rate, threshold=value).judge.threshold
+        assert used is not None
+        assert wanted is not None
+        if self.serving.version and (self.serving.rate, used.value) == (rate, wanted.value):
+            return self.serving
+        return self.set_threshold(rate=rate, value=value, by=by)
 
     def refresh(self) -> bool:
         """Looks at the file and at the thresholds, which another process may have set; whether anything was new.
@@ -168,7 +183,7 @@ class Hosts:
         self._thread.join()
 
     def _look_after(self) -> None:
-        while not self._ended.wait(_LOOK):
+        while not self._ended.wait(LOOK):
             for host in self.by_name.values():
                 try:
                     if host.refresh():

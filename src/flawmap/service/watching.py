@@ -8,7 +8,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from textwrap import shorten
 from typing import TypeVar
 
@@ -16,8 +16,9 @@ from flawmap.errors import FlawmapError
 from flawmap.judging.inspection import Inspection
 from flawmap.line.inspector import Inspector
 from flawmap.service.database import DatabaseGoneError
+from flawmap.service.hosting import LOOK, Host
 from flawmap.service.recording import Judged, Recorder
-from flawmap.service.records import Asked, Records, RepeatedError
+from flawmap.service.records import Asked, RepeatedError
 from flawmap.service.sinks import Sink, told
 from flawmap.service.sources import Shot, Source
 from flawmap.service.tables import InspectionRow
@@ -29,43 +30,6 @@ _REST = 0.1  # seconds between questions to sources that have nothing
 _WAITS = (1.0, 30.0)  # seconds to wait for what cannot be committed: at first, at most
 
 
-@dataclass(frozen=True)
-class Model:
-    """What a watch judges with: a name, and an inspector with the version of its threshold."""
-
-    name: str
-    inspector: Inspector
-    version: int = 0
-
-
-def with_kept_threshold(
-    records: Records, name: str, inspector: Inspector, *, rate: float | None = None, value: float | None = None
-) -> Model:
-    """A model under the threshold that is asked for, or else under the newest of the records, which a page may set.
-
-    A threshold of the records that was given by its value holds for the model file it was given for alone.
-
-    Raises:
-        FlawmapError: both are given, or they are no rate or no threshold.
-        DatabaseGoneError: as `Records`.
-    """
-    digest = inspector.digest or ""
-    versions = records.thresholds(name)
-    newest = versions[-1] if versions else None
-    if rate is not None or value is not None:
-        moved = inspector.with_threshold(max_false_reject=rate, threshold=value)
-        assert moved.judge.threshold is not None
-        at = moved.judge.threshold.value
-        if newest is None or (newest.model_digest, newest.rate, newest.value) != (digest, rate, at):
-            newest = records.set_threshold(name, digest, at, rate, "watch")
-        return Model(name, moved, newest.version)
-    if newest is not None and newest.rate is not None:
-        return Model(name, inspector.with_threshold(max_false_reject=newest.rate), newest.version)
-    if newest is not None and newest.model_digest == digest:
-        return Model(name, inspector.with_threshold(threshold=newest.value), newest.version)
-    return Model(name, inspector)
-
-
 class Watch:
     """Judges what sources give. An inspection is committed before anybody is told of it.
 
@@ -75,7 +39,7 @@ class Watch:
 
     def __init__(
         self,
-        model: Model,
+        host: Host,
         recorder: Recorder,
         sources: Sequence[Source],
         *,
@@ -86,7 +50,7 @@ class Watch:
     ) -> None:
         """
         Args:
-            model: judges.
+            host: judges; its file and its threshold are looked at again while it does.
             recorder: keeps what is judged; while it cannot, it is waited for.
             sources: asked in turn.
             sinks: told of each inspection.
@@ -95,9 +59,10 @@ class Watch:
             once: whether to give up where nothing can be committed.
         """
         self.counts = {"good": 0, "defect": 0, "unsure": 0, "error": 0}
-        self._model, self._recorder, self._sources, self._sinks = model, recorder, sources, sinks
+        self._host, self._recorder, self._sources, self._sinks = host, recorder, sources, sinks
         self._deliveries, self._write, self._once = deliveries, write, once
         self._ending = False
+        self._looked = time.monotonic()
         self._woken = threading.Event()
 
     def end(self) -> None:
@@ -116,6 +81,9 @@ class Watch:
         """
         while not self._ending:
             taken = False
+            if time.monotonic() > self._looked + LOOK:
+                self._host.refresh()
+                self._looked = time.monotonic()
             for source in self._sources:
                 if self._ending:
                     return
@@ -131,8 +99,8 @@ class Watch:
             self._woken.clear()
 
     def _judge(self, source: Source, shot: Shot) -> None:
-        model = self._model
-        inspection = _inspected(model.inspector, shot)
+        serving = self._host.serving
+        inspection = _inspected(serving.inspector, shot)
         judged = [Judged(inspection, shot.content, shot.name, shot.source)]
         # A connection that breaks in a commit does not tell whether it was done; the key does.
         asked = Asked("watch", secrets.token_hex(16), inspection.digest or "")
@@ -141,7 +109,7 @@ class Watch:
         def record() -> list[InspectionRow]:
             try:
                 return self._recorder.record(
-                    model.name, model.inspector, model.version, judged, asked, seen, self._deliveries
+                    self._host.name, serving.inspector, serving.version, judged, asked, seen, self._deliveries
                 )
             except RepeatedError:
                 before = self._recorder.records.answered(asked.owner, asked.key)
