@@ -40,6 +40,8 @@ def mount_page(app: FastAPI, service: Service) -> None:
     feed = Feed(service.records)
     service.listeners.append(feed.add)
     trainings = Trainings(service) if service.options.data is not None and find_spec("torch") is not None else None
+    if trainings is not None:
+        pages.on_shutdown(trainings.close)
     pages.storage.path = service.options.store / "page"
     add_routes(service, trainings)
 

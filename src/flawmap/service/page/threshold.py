@@ -113,7 +113,7 @@ def _versions(service: Service, host: Host) -> None:
         (
             f"{row.version}",
             f"{row.value:.5g}",
-            "by value" if row.rate is None else f"{row.rate:.4%}",
+            "by value" if row.rate is None else f"{100 * row.rate:.4g} %",
             when(row.at),
             row.by or "\N{EN DASH}",
         )
@@ -122,7 +122,7 @@ def _versions(service: Service, host: Host) -> None:
     trained = host.trained_threshold
     table(
         ("Version", "Threshold", "False rejects", "Since", "By"),
-        [*rows, ("0", f"{trained.value:.5g}", f"{trained.requested or 0:.4%}", "training", "\N{EN DASH}")],
+        [*rows, ("0", f"{trained.value:.5g}", f"{100 * (trained.requested or 0):.4g} %", "training", "\N{EN DASH}")],
     )
 
 
