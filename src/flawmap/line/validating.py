@@ -118,7 +118,9 @@ def validate(
 
     calibration, threshold = inspector.judge.calibration, inspector.judge.threshold
     if calibration is None or threshold is None:
-        raise FlawmapError("the model is not calibrated, and promises nothing that could be kept: train without --calibration none")
+        raise FlawmapError(
+            "the model is not calibrated, and promises nothing that could be kept: train without --calibration none"
+        )
     fitted = inspector.card.training.get("fitted", [])
     short = len(fitted[0]) if fitted else 16
     seen, known = set(fitted), 0
