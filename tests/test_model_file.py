@@ -178,7 +178,7 @@ def test_metadata_that_is_not_finite_is_not_written(tmp_path):
 def test_a_model_of_an_unknown_method_is_named(model_file, tmp_path):
     tensors, metadata, _ = read_model(model_file)
     write_model(tmp_path / "m.safetensors", tensors, {**metadata, "method": "tomorrow"})
-    with pytest.raises(FlawmapError, match="unknown method tomorrow"):
+    with pytest.raises(FlawmapError, match="method tomorrow, which is not known"):
         Detector.load(tmp_path / "m.safetensors")
 
 

@@ -35,7 +35,7 @@ from flawmap.line import Inspector
 from flawmap.line.engines import Engine, check_engine
 from flawmap.line.evaluating import evaluate_inspector
 from flawmap.line.model_card import ModelCard, check_model_path
-from flawmap.methods import Method, automatic, configure, method_class, preset_of
+from flawmap.methods import Method, automatic, configure, known_methods, method_class, preset_of
 from flawmap.methods.checking import check_tensors, try_out
 from flawmap.methods.presets import in_words
 from flawmap.model_file import read_model, write_model
@@ -591,6 +591,7 @@ class Detector:
         """
         check_model_path(Path(path))
         tensors, metadata, digest = read_model(Path(path))
+        _check_method(Path(path), metadata)
         try:
             if "latents" in metadata:
                 values, inside = tensors.pop(f"{_LATENTS}values"), tensors.pop(f"{_LATENTS}inside", None)
@@ -652,6 +653,7 @@ def _device(device: str) -> str:
 def read_card(path: Path) -> tuple[ModelCard, dict[str, Any]]:
     """What `flawmap.line.inspector.read_card` gives for a model file."""
     tensors, metadata, digest = read_model(path)
+    _check_method(path, metadata)
     arrays = {k.removeprefix(_PREPARATION): v.numpy() for k, v in tensors.items() if k.startswith(_PREPARATION)}
     try:
         card = ModelCard.from_json(metadata, arrays)
@@ -659,6 +661,15 @@ def read_card(path: Path) -> tuple[ModelCard, dict[str, Any]]:
     except Exception as error:  # what a forged header may break is not to be foreseen
         raise _unfit(path, error) from error
     return card, {"kind": "a model of the lab", "digest": digest, "live": list(live)}
+
+
+def _check_method(path: Path, metadata: Mapping[str, Any]) -> None:
+    name = metadata.get("method")
+    if isinstance(name, str) and name not in known_methods():
+        raise FlawmapError(
+            f"{path} is of the method {shorten(name, 40)}, which is not known here: name its file with --plugin, or "
+            "install its package"
+        )
 
 
 def _unfit(path: str | Path, error: Exception) -> FlawmapError:

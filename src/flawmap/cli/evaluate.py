@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from flawmap.cli.options import MAX_PIXELS
+from flawmap.cli.options import MAX_PIXELS, PLUGIN
 from flawmap.text import counted, printable
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ _COUNTS = {
 @click.option("--engine", default="auto", show_default=True, help="auto, openvino, onnxruntime or torch.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 @MAX_PIXELS
+@PLUGIN
 def evaluate_command(
     model: Path,
     data: Path,

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from flawmap.cli.options import Finite
+from flawmap.cli.options import PLUGIN, Finite
 from flawmap.cli.say import say, say_all
 
 
@@ -36,6 +36,7 @@ from flawmap.cli.say import say, say_all
 @click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Move a setting that training leaves open first."
 )
+@PLUGIN
 def export_command(
     model: Path, output: Path, precision: str, check: Path | None, max_drop: float, settings: tuple[str, ...]
 ) -> None:

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import click
 
+from flawmap.cli.options import PLUGIN
 from flawmap.cli.say import say
 
 
 @click.command("info")
 @click.argument("model", type=click.Path(path_type=Path))
+@PLUGIN
 def info_command(model: Path) -> None:
     """Say what MODEL holds: method, settings, images learnt from, and what its threshold promises."""
     from flawmap.cli.progress import quiet_libraries

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from flawmap.cli.options import MAX_PIXELS
+from flawmap.cli.options import MAX_PIXELS, PLUGIN
 from flawmap.cli.streams import nobody_reads
 from flawmap.cli.verdict_lines import VerdictLines
 from flawmap.text import counted, printable
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 @MAX_PIXELS
 @click.option("--engine", default="auto", show_default=True, help="auto, openvino, onnxruntime or torch.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@PLUGIN
 def inspect_command(
     model: Path,
     sources: tuple[Path, ...],

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import click
 
+from flawmap.cli.options import PLUGIN
+
 
 @click.command("methods")
 @click.argument("name", required=False)
+@PLUGIN
 def methods_command(name: str | None) -> None:
     """List the methods with their papers, and when to take which; or say all of the one called NAME."""
-    from flawmap.methods.registry import METHODS
+    from flawmap.methods.registry import known_methods
 
     if name is not None:
         from flawmap.cli.method_lines import method_lines
@@ -17,8 +20,9 @@ def methods_command(name: str | None) -> None:
 
         click.echo("\n".join(method_lines(entry_of(name))))
         return
-    widths = [max(map(len, column)) for column in zip(*((e.name, e.paper) for e in METHODS.values()), strict=True)]
-    for entry in METHODS.values():
+    entries = known_methods().values()
+    widths = [max(map(len, column)) for column in zip(*((e.name, e.paper) for e in entries), strict=True)]
+    for entry in entries:
         click.echo(f"{entry.name:<{widths[0]}}  {entry.paper:<{widths[1]}}  {entry.when}")
 
 

@@ -51,6 +51,26 @@ MAX_PIXELS = click.option(
 """For verbs that read images; it holds until the verb ends."""
 
 
+def _add_plugins(context: click.Context, parameter: click.Parameter, paths: tuple[Path, ...]) -> None:
+    if paths:
+        from flawmap.methods.registry import add_plugin
+
+        for path in paths:
+            add_plugin(path)
+
+
+PLUGIN = click.option(
+    "--plugin",
+    multiple=True,
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    expose_value=False,
+    is_eager=True,
+    callback=_add_plugins,
+    help="A Python file with a method of your own, which is called by the file's name. It is run.",
+)
+
+
 def parse_settings(pairs: tuple[str, ...]) -> dict[str, str]:
     """`--set key=value` -> a dictionary.
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from flawmap.cli.options import MAX_PIXELS, RATE, SEED, SIDE
+from flawmap.cli.options import MAX_PIXELS, PLUGIN, RATE, SEED, SIDE
 from flawmap.cli.say import say, say_all
 
 if TYPE_CHECKING:
@@ -130,6 +130,7 @@ _FEW = 20  # images; fewer do not calibrate
 @click.option("--strict", is_flag=True, help="Stop at the first image that cannot be read.")
 @click.option("--progress-file", type=click.Path(path_type=Path, dir_okay=False), hidden=True)
 @MAX_PIXELS
+@PLUGIN
 def train_command(
     data: Path,
     output: Path | None,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from flawmap.cli.options import MAX_PIXELS, SEED
+from flawmap.cli.options import MAX_PIXELS, PLUGIN, SEED
 from flawmap.cli.say import say, say_all
 
 
@@ -29,6 +29,7 @@ from flawmap.cli.say import say, say_all
 @click.option("--engine", default="auto", show_default=True, help="auto, openvino, onnxruntime or torch.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 @MAX_PIXELS
+@PLUGIN
 def tune_command(
     model: Path,
     data: Path,

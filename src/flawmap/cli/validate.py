@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from flawmap.cli.options import MAX_PIXELS
+from flawmap.cli.options import MAX_PIXELS, PLUGIN
 from flawmap.cli.say import say, say_all
 
 
@@ -17,6 +17,7 @@ from flawmap.cli.say import say, say_all
 @click.option("--engine", default="auto", show_default=True, help="auto, openvino, onnxruntime or torch.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 @MAX_PIXELS
+@PLUGIN
 def validate_command(model: Path, folder: Path, tail: bool, engine: str, device: str) -> int:
     """Hold MODEL against a FOLDER of good images that it has not seen: is what it promised kept, on this machine?"""
     from flawmap.cli.progress import ProgressLines, quiet_libraries

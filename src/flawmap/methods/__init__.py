@@ -2,7 +2,7 @@
 
 from flawmap.methods.contract import Collect, Config, Method, Optimise, Stage, SyntheticDefects
 from flawmap.methods.presets import Preset
-from flawmap.methods.registry import METHODS, automatic, configure, method_class, preset_of
+from flawmap.methods.registry import METHODS, automatic, configure, known_methods, method_class, preset_of
 
 __all__ = [
     "METHODS",
@@ -15,6 +15,7 @@ __all__ = [
     "SyntheticDefects",
     "automatic",
     "configure",
+    "known_methods",
     "method_class",
     "preset_of",
 ]

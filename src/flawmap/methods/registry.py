@@ -1,12 +1,21 @@
-"""The methods by name. A method's file is imported when it is first asked for."""
+"""The methods by name. A method's file is imported when it is first asked for.
+
+Further ones come from installed packages, by entry points of the group `flawmap.methods` (name -> `module:Class`), and
+from files that the user names, see `add_plugin`.
+"""
 
 from __future__ import annotations
 
 import importlib
+import sys
 import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import entry_points
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -26,8 +35,18 @@ class Entry:
     when: str
 
     def load(self) -> type[Method]:
+        """Raises FlawmapError where a method that is not of this package cannot be had."""
         module, _, attribute = self.location.partition(":")
-        method: type[Method] = getattr(importlib.import_module(module), attribute)
+        try:
+            method = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            if self.name in METHODS:
+                raise
+            raise FlawmapError(
+                f"method {self.name} {self.paper} cannot be imported ({error}): install it anew"
+            ) from error
+        if not (isinstance(method, type) and issubclass(method, Method)):
+            raise FlawmapError(f"method {self.name} {self.paper} is no subclass of flawmap.methods.Method: mend it")
         return method
 
 
@@ -104,6 +123,62 @@ METHODS: dict[str, Entry] = {
 }
 
 
+ENTRY_POINTS = "flawmap.methods"
+
+_from_files: dict[str, Entry] = {}
+
+
+def known_methods() -> dict[str, Entry]:
+    """All methods by name: those here, those of installed packages, those of files that the user named."""
+    return {**METHODS, **_installed(), **_from_files}
+
+
+@lru_cache(1)
+def _installed() -> dict[str, Entry]:
+    found = entry_points(group=ENTRY_POINTS)
+    return {
+        one.name: Entry(one.name, one.value, f"of {one.dist.name if one.dist else one.module}", "see its own documents")
+        for one in sorted(found, key=lambda one: one.name)
+        if one.name not in METHODS
+    }
+
+
+def add_plugin(path: Path) -> Entry:
+    """Makes the one method that a Python file holds known, under the file's name.
+
+    The file is run, as any program that the user starts.
+
+    Raises:
+        FlawmapError: it cannot be run, holds no method or several, or its name is taken or none that a method can have.
+    """
+    name = path.stem
+    if not name.isidentifier() or name in METHODS or name == "auto":
+        taken = "is the name of another method" if name.isidentifier() else "is no name of a method"
+        raise FlawmapError(f"{path}: {name} {taken}; rename the file")
+    module_name = f"flawmap_plugin_{name}"
+    spec = spec_from_file_location(module_name, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise FlawmapError(f"{path}: is no Python file; give one that holds a method")
+    module = module_from_spec(spec)
+    sys.modules[module_name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[module_name]
+        raise FlawmapError(f"{path}: cannot be run ({type(error).__name__}: {error}); mend it") from error
+    methods = [
+        key
+        for key, value in vars(module).items()
+        if isinstance(value, type) and issubclass(value, Method) and value.__module__ == module_name
+    ]
+    if len(methods) != 1:
+        held = "no method" if not methods else f"{len(methods)} methods ({', '.join(methods)})"
+        raise FlawmapError(f"{path}: holds {held}; give a file with one subclass of flawmap.methods.Method")
+    entry = Entry(name, f"{module_name}:{methods[0]}", f"of {path.name}", "see its file")
+    _from_files[name] = entry
+    return entry
+
+
 def automatic(tiled: bool) -> tuple[str, str]:
     """What `--method auto` stands for, and why, in one line."""
     if tiled:
@@ -113,9 +188,12 @@ def automatic(tiled: bool) -> tuple[str, str]:
 
 def entry_of(name: str) -> Entry:
     """Raises FlawmapError for a name that is not registered."""
-    if name not in METHODS:
-        raise FlawmapError(f"unknown method {name}: choose {', '.join(sorted(METHODS))}")
-    return METHODS[name]
+    known = known_methods()
+    if name not in known:
+        raise FlawmapError(
+            f"unknown method {name}: choose {', '.join(sorted(known))}, or name the file of your own with --plugin"
+        )
+    return known[name]
 
 
 def method_class(name: str) -> type[Method]:
