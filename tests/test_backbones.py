@@ -199,3 +199,26 @@ def test_no_hub_is_asked_for_the_default(monkeypatch):
 
     monkeypatch.setattr(socket, "getaddrinfo", no_network)
     assert create_backbone(size=(64, 64)).name == DEFAULT_BACKBONE
+
+
+def test_fetched_weights_are_those_of_the_network(flawmap, default, tmp_path):
+    code, out, err = flawmap("fetch", DEFAULT_BACKBONE, "-o", tmp_path / "lite.safetensors")
+    assert code == 0, err
+    assert f"--weights {tmp_path / 'lite.safetensors'}" in out
+    again = create_backbone(weights=tmp_path / "lite.safetensors", size=(96, 128))
+    assert again.digest() == default.digest()
+
+
+def test_weights_that_cannot_be_fetched_leave_no_file_and_one_line(flawmap, tmp_path, monkeypatch):
+    from flawmap.backbones import weights
+
+    monkeypatch.setattr(weights, "_resolves", lambda url: False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    code, _, err = flawmap("fetch", "cait_m48_448.fb_dist_in1k", "-o", tmp_path / "w.safetensors")
+    assert code == 2
+    assert "flawmap fetch cait_m48_448.fb_dist_in1k" in err.splitlines()[-1]
+    assert not (tmp_path / "w.safetensors").exists()
+    for name, told in (("nothing_of_this_name", "unknown backbone"), (DEFAULT_BACKBONE, "does not end in")):
+        code, _, err = flawmap("fetch", name, "-o", tmp_path / ("w.pth" if told[0] == "d" else "w.safetensors"))
+        assert (code, told in err) == (2, True)

@@ -4,7 +4,7 @@ from flawmap.backbones.catalogue import CATALOGUE, DEFAULT_BACKBONE
 from flawmap.backbones.networks import default_deep_levels, default_levels, level_names, levels_at, summaries
 from flawmap.backbones.tracing import create_engine, moved
 from flawmap.backbones.trunk import Backbone, create_backbone
-from flawmap.backbones.weights import weights_digest
+from flawmap.backbones.weights import save_weights, weights_digest
 
 __all__ = [
     "CATALOGUE",
@@ -17,6 +17,7 @@ __all__ = [
     "level_names",
     "levels_at",
     "moved",
+    "save_weights",
     "summaries",
     "weights_digest",
 ]

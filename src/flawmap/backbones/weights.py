@@ -11,9 +11,10 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor, nn
 
+from flawmap.backbones.catalogue import DEFAULT_BACKBONE
 from flawmap.backbones.networks import create_network
 from flawmap.errors import FlawmapError, shortage
-from flawmap.files import open_regular
+from flawmap.files import open_regular, replacing
 
 
 def load_embedded(network: nn.Module) -> None:
@@ -27,8 +28,29 @@ def load_embedded(network: nn.Module) -> None:
     network.load_state_dict({a: packaged[b] for a, b in zip(ours, theirs, strict=True)}, strict=False)
 
 
-def network_from_hub(name: str, size: tuple[int, int]) -> nn.Module:
-    """A network with the weights that timm names for it, from the hub or its cache.
+def save_weights(name: str, path: Path) -> None:
+    """Writes the pretrained weights of a network, those of its classifier too, as `network_from_file` reads them.
+
+    Args:
+        name: a timm name.
+        path: a .safetensors file.
+
+    Raises:
+        FlawmapError: unknown name, weights that cannot be had, or a file that cannot be written.
+    """
+    from safetensors.torch import save
+
+    if name == DEFAULT_BACKBONE:
+        network = create_network(name)
+        load_embedded(network)
+    else:
+        network = network_from_hub(name, None)
+    with replacing(path) as file:
+        file.write(save({key: value.contiguous() for key, value in network.state_dict().items()}))
+
+
+def network_from_hub(name: str, size: tuple[int, int] | None) -> nn.Module:
+    """A network with the weights that timm names for it, from the hub or its cache; None is the size they are of.
 
     Raises:
         FlawmapError: unknown name, a size it cannot take, or weights that cannot be had.
@@ -45,7 +67,7 @@ def network_from_hub(name: str, size: tuple[int, int]) -> nn.Module:
     except Exception as error:  # whatever the hub's client, the network or the disk raises
         raise FlawmapError(
             f"the weights of {name} cannot be had ({type(error).__name__}): put the machine online for timm's hub, "
-            f"or give a local file with --weights FILE"
+            f"or give a local file with --weights FILE, as `flawmap fetch {name}` writes it where there is a network"
         ) from error
     finally:
         constants.HF_HUB_OFFLINE = offline

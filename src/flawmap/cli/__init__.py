@@ -41,6 +41,7 @@ VERBS = {
     "demo": "Draw a data set, train, evaluate and inspect, in under two minutes.",
     "methods": "List the methods.",
     "backbones": "List the backbones.",
+    "fetch": "Write a backbone's weights into a file, for machines without a network.",
     "doctor": "Check this installation.",
 }
 
