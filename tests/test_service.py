@@ -33,6 +33,7 @@ from flawmap.service.keys import Keys, add_key
 from flawmap.service.records import Asked, Filter, Records, RepeatedError
 from flawmap.service.service import Options, open_service
 from flawmap.service.tables import Base
+from watching_processes import Cut, wait_for
 
 INSPECT = "/v1/models/screws/inspections"
 
@@ -649,6 +650,35 @@ def test_a_server_that_is_told_to_end_finishes_what_it_accepted(model, tmp_path,
     journal = (tmp_path / "store" / "inspections.log").read_text().splitlines()
     assert len(journal) == kept
     assert json.loads(journal[0])["verdict"] == "good"
+
+
+def test_a_database_that_is_cut_off_is_told_of_and_loses_nothing(postgresql_url, exported, tmp_path, good):
+    head, _, tail = postgresql_url.rpartition(":")
+    port, _, name = tail.partition("/")
+    model = tmp_path / "cut-off.onnx"
+    shutil.copyfile(exported, model)
+    cut = Cut(int(port))
+    try:
+        server = Server(model, "--store", tmp_path / "store", "--database", f"{head}:{cut.address}/{name}")
+        with httpx.Client(base_url=server.url, timeout=60) as client:
+            answers = [client.post("/v1/models/cut-off/inspections", content=good)]
+            cut.cut()
+            away = client.post("/v1/models/cut-off/inspections", content=good)
+            assert away.status_code == 503, away.text
+            assert int(away.headers["retry-after"]) > 0
+            assert client.get("/readyz").status_code == 503
+            assert client.get("/v1/inspections").status_code == 503
+            assert client.get("/healthz").status_code == 200
+            cut.whole = True
+            wait_for(lambda: client.get("/readyz").status_code == 200)
+            answers += [client.post("/v1/models/cut-off/inspections", content=good) for _ in range(3)]
+            assert {answer.status_code for answer in answers} == {200}
+            kept = client.get("/v1/export.jsonl?model=cut-off").text.splitlines()
+        assert server.kill(signal.SIGTERM) == 0
+    finally:
+        cut.close()
+    acknowledged = {answer.json()["inspections"][0]["id"] for answer in answers}
+    assert acknowledged <= {json.loads(line)["id"] for line in kept}
 
 
 def test_other_machines_are_not_served_without_keys(flawmap, model, tmp_path):

@@ -5,11 +5,9 @@ import json
 import os
 import shutil
 import signal
-import socket
 import threading
 import time
 from collections import Counter
-from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 
@@ -30,7 +28,7 @@ from flawmap.service.sources.folders import WatchedFolder
 from flawmap.service.sources.moving import move_beside
 from flawmap.service.tables import InspectionRow
 from flawmap.service.watching import Watch
-from watching_processes import Process, wait_for
+from watching_processes import Cut, Process, wait_for
 
 ENGINE = ("--engine", "onnxruntime")
 ONCE = ("--once", *ENGINE)
@@ -448,48 +446,6 @@ def test_a_signal_ends_it_after_the_image_in_hand(line_model, drawn, tmp_path, n
     assert judged < 200
     assert len(rows_of(sqlite(tmp_path / "store"))) == judged
     assert f"{judged} not judged" in watch.err[-1] or "good" in watch.err[-1]
-
-
-class Cut:
-    """A way to a TCP port that can be cut and mended."""
-
-    def __init__(self, port):
-        self.port, self.whole, self._pairs = port, True, []
-        self._server = socket.create_server(("127.0.0.1", 0))
-        self.address = self._server.getsockname()[1]
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self):
-        while True:
-            try:
-                client, _ = self._server.accept()
-            except OSError:
-                return
-            if not self.whole:
-                client.close()
-                continue
-            server = socket.create_connection(("127.0.0.1", self.port))
-            self._pairs += [client, server]
-            for one, other in ((client, server), (server, client)):
-                threading.Thread(target=self._copy, args=(one, other), daemon=True).start()
-
-    def _copy(self, one, other):
-        with suppress(OSError):
-            while data := one.recv(65536):
-                other.sendall(data)
-        for end in (one, other):
-            with suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-
-    def cut(self):
-        self.whole = False
-        for end in self._pairs:
-            with suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-
-    def close(self):
-        self.cut()
-        self._server.close()
 
 
 def test_a_database_that_is_gone_is_waited_for_and_nothing_is_lost(postgresql_url, line_model, folder, tmp_path):

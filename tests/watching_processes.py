@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 
 BROUGHT_UP = 60  # seconds that anything may take on a busy machine
 
@@ -83,3 +84,45 @@ def free_port() -> int:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         return taken.getsockname()[1]
+
+
+class Cut:
+    """A way to a TCP port that can be cut and mended."""
+
+    def __init__(self, port):
+        self.port, self.whole, self._pairs = port, True, []
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.address = self._server.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        while True:
+            try:
+                client, _ = self._server.accept()
+            except OSError:
+                return
+            if not self.whole:
+                client.close()
+                continue
+            server = socket.create_connection(("127.0.0.1", self.port))
+            self._pairs += [client, server]
+            for one, other in ((client, server), (server, client)):
+                threading.Thread(target=self._copy, args=(one, other), daemon=True).start()
+
+    def _copy(self, one, other):
+        with suppress(OSError):
+            while data := one.recv(65536):
+                other.sendall(data)
+        for end in (one, other):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def cut(self):
+        self.whole = False
+        for end in self._pairs:
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def close(self):
+        self.cut()
+        self._server.close()
