@@ -71,6 +71,28 @@ PLUGIN = click.option(
 )
 
 
+STORE = click.option(
+    "--store",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("flawmap-records"),
+    show_default=True,
+    help="Folder of the records: pictures, and the database if none is named.",
+)
+DATABASE = click.option(
+    "--database", metavar="URL", help="sqlite:///FILE or postgresql://USER@HOST/NAME; in --store by default."
+)
+KEEP = click.option(
+    "--keep",
+    type=click.Choice(["defects", "all", "none"]),
+    default="defects",
+    show_default=True,
+    help="Of which inspections pictures are kept; defects are all that are not good.",
+)
+KEEP_GB = click.option(
+    "--keep-gb", type=Finite(0, 1e6), default=10.0, show_default=True, help="What the pictures may take."
+)
+
+
 def parse_settings(pairs: tuple[str, ...]) -> dict[str, str]:
     """`--set key=value` -> a dictionary.
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
+from typing import Literal
 
 import click
 
-from flawmap.cli.options import Finite
+from flawmap.cli.options import DATABASE, KEEP, KEEP_GB, STORE, Finite
 from flawmap.cli.streams import Ended
 from flawmap.errors import FlawmapError
 
@@ -16,22 +17,10 @@ from flawmap.errors import FlawmapError
 @click.argument("models", metavar="MODEL...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: a free one.")
-@click.option(
-    "--store",
-    type=click.Path(path_type=Path, file_okay=False),
-    default=Path("flawmap-records"),
-    show_default=True,
-    help="Folder of the records: pictures, log, trainings.",
-)
-@click.option("--database", metavar="URL", help="sqlite:///FILE or postgresql://USER@HOST/NAME; by default in --store.")
-@click.option(
-    "--keep",
-    type=click.Choice(["defects", "all", "none"]),
-    default="defects",
-    show_default=True,
-    help="Of which inspections pictures are kept; defects are all that are not good.",
-)
-@click.option("--keep-gb", type=Finite(0, 1e6), default=10, show_default=True, help="What the pictures may take.")
+@STORE
+@DATABASE
+@KEEP
+@KEEP_GB
 @click.option(
     "--on-full",
     type=click.Choice(["refuse", "judge"]),
@@ -53,7 +42,7 @@ def serve_command(
     port: int,
     store: Path,
     database: str | None,
-    keep: str,
+    keep: Literal["defects", "all", "none"],
     keep_gb: float,
     on_full: str,
     keys: Path | None,
@@ -76,17 +65,13 @@ def serve_command(
         from flawmap.service.service import Options
     except ModuleNotFoundError as error:
         raise service_is_missing("flawmap serve", error) from error
-    from typing import cast
-
-    from flawmap.service.recording import Keep
-
     if data is not None and not data.is_dir():
         raise click.BadParameter(f"{data} is no folder", param_hint="--data")
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     options = Options(
         store=store,
         database=database,
-        keep=cast(Keep, keep),
+        keep=keep,
         keep_bytes=round(keep_gb * 1e9),
         judge_when_full=on_full == "judge",
         keys=None if keys is None else Keys.read(keys),
@@ -116,13 +101,11 @@ def serve_command(
     show_default=True,
     help="inspect: send images and read; operate: also give words; administer: also thresholds and training.",
 )
-def key_command(file: Path, name: str, role: str) -> None:
+def key_command(file: Path, name: str, role: Literal["inspect", "operate", "administer"]) -> None:
     """Make a key for `flawmap serve --keys FILE`. It is printed once; the file keeps its hash alone."""
-    from typing import cast
+    from flawmap.service.keys import add_key
 
-    from flawmap.service.keys import Role, add_key
-
-    click.echo(add_key(file, name, cast(Role, role)))
+    click.echo(add_key(file, name, role))
 
 
 def service_is_missing(what: str, error: ModuleNotFoundError) -> FlawmapError:

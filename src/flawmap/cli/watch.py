@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from flawmap.cli.options import RATE, SCORE, Finite
+from flawmap.cli.options import DATABASE, KEEP, KEEP_GB, RATE, SCORE, STORE, Finite
 from flawmap.cli.say import say
 from flawmap.cli.verdict_lines import VerdictLines
 
@@ -31,22 +31,10 @@ _WIDTH = 40  # of the column of names: which will come is not known
 @click.command("watch")
 @click.argument("model", required=False, type=click.Path(path_type=Path))
 @click.argument("sources", nargs=-1, metavar="SOURCE...")
-@click.option("--database", metavar="URL", help="sqlite:///FILE or postgresql://USER@HOST/NAME; in --store by default.")
-@click.option(
-    "--store",
-    type=click.Path(path_type=Path, file_okay=False),
-    default=Path("flawmap-records"),
-    show_default=True,
-    help="Folder of the records and their pictures.",
-)
-@click.option(
-    "--keep",
-    type=click.Choice(["defects", "all", "none"]),
-    default="defects",
-    show_default=True,
-    help="Of which inspections pictures are kept; defects are all that are not good.",
-)
-@click.option("--keep-gb", type=Finite(0), default=10.0, show_default=True, help="What the pictures may take.")
+@DATABASE
+@STORE
+@KEEP
+@KEEP_GB
 @click.option("--move", type=click.Path(path_type=Path, file_okay=False), help="Move judged files to DIR/<verdict>/.")
 @click.option("--webhook", "webhooks", multiple=True, metavar="URL", help="Post each inspection, signed; repeatable.")
 @click.option(

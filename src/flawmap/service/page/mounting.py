@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -45,6 +46,15 @@ def mount_page(app: FastAPI, service: Service) -> None:
     pages.storage.path = service.options.store / "page"
     add_routes(service, trainings)
 
+    def shown(path: str, build: Callable[[], None]) -> Response | None:
+        """A section in its frame, for whoever is signed in."""
+        who = caller(service)
+        if who is None:
+            return RedirectResponse("/login")
+        with frame(service, who, path, trainings is not None):
+            build()
+        return None
+
     @ui.page("/login", title="Sign in \N{MIDDLE DOT} flawmap")
     def login_page(request: Request) -> Response | None:
         if caller(service) is not None:
@@ -54,48 +64,23 @@ def mount_page(app: FastAPI, service: Service) -> None:
 
     @ui.page("/", title="Live \N{MIDDLE DOT} flawmap")
     def live_page(inspection: int | None = None) -> Response | None:
-        who = caller(service)
-        if who is None:
-            return RedirectResponse("/login")
-        with frame(service, who, "/", trainings is not None):
-            live.build(service, feed, inspection)
-        return None
+        return shown("/", lambda: live.build(service, feed, inspection))
 
     @ui.page("/threshold", title="Threshold \N{MIDDLE DOT} flawmap")
     def threshold_page(model: str | None = None, last: int = 200) -> Response | None:
-        who = caller(service)
-        if who is None:
-            return RedirectResponse("/login")
-        with frame(service, who, "/threshold", trainings is not None):
-            threshold.build(service, model, last)
-        return None
+        return shown("/threshold", lambda: threshold.build(service, model, last))
 
     @ui.page("/knobs", title="Knobs \N{MIDDLE DOT} flawmap")
     def knobs_page(model: str | None = None) -> Response | None:
-        who = caller(service)
-        if who is None:
-            return RedirectResponse("/login")
-        with frame(service, who, "/knobs", trainings is not None):
-            knobs.build(service, model)
-        return None
+        return shown("/knobs", lambda: knobs.build(service, model))
 
     @ui.page("/quality", title="Quality \N{MIDDLE DOT} flawmap")
     def quality_page(model: str | None = None, days: int = 30) -> Response | None:
-        who = caller(service)
-        if who is None:
-            return RedirectResponse("/login")
-        with frame(service, who, "/quality", trainings is not None):
-            quality.build(service, model, days)
-        return None
+        return shown("/quality", lambda: quality.build(service, model, days))
 
     @ui.page("/train", title="Train \N{MIDDLE DOT} flawmap")
     def train_page() -> Response | None:
-        who = caller(service)
-        if who is None:
-            return RedirectResponse("/login")
-        with frame(service, who, "/train", trainings is not None):
-            train.build(service, trainings)
-        return None
+        return shown("/train", lambda: train.build(service, trainings))
 
     ui.run_with(
         app,
