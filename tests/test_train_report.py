@@ -262,7 +262,7 @@ def test_the_report_shows_the_heat_of_the_method_that_had_not_seen_the_image(pla
 
     detector = Detector("padim", image_size=64, channels=8, engine="torch").fit(planted)
     shown = []
-    monkeypatch.setattr(pictures, "overlay", lambda pixels, found, scale: shown.append(found) or pixels)
+    monkeypatch.setattr(pictures, "overlay_rows", lambda pixels, found, scale: shown.append(found) or [pixels])
     write_report(tmp_path / "page.html", detector, find_dataset(planted))
     assert len(shown) == 12
     for one, found in zip(detector.atypical_, shown, strict=False):
