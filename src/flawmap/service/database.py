@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from sqlalchemy import Engine, create_engine, event, make_url
 from sqlalchemy.engine import Connection
@@ -14,6 +15,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from flawmap.errors import FlawmapError
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
@@ -32,6 +34,28 @@ class DatabaseFullError(DatabaseGoneError):
 def now() -> int:
     """Milliseconds since 1970, UTC."""
     return time.time_ns() // 1_000_000
+
+
+def asking(do: Callable[P, T]) -> Callable[P, T]:
+    """A function that asks something of the database, such that its failures are told as:
+
+    Raises:
+        DatabaseFullError: its disk is full.
+        DatabaseGoneError: it cannot be reached, or is locked for too long.
+    """
+
+    @wraps(do)
+    def asked(*arguments: P.args, **more: P.kwargs) -> T:
+        try:
+            return do(*arguments, **more)
+        except (OperationalError, PoolTimeoutError) as error:
+            raise _gone(error) from error
+        except DBAPIError as error:
+            if error.connection_invalidated:
+                raise _gone(error) from error
+            raise
+
+    return asked
 
 
 def open_database(url: str) -> Engine:
@@ -64,7 +88,7 @@ def open_database(url: str) -> Engine:
         raise FlawmapError(f"a database of {kind} needs its driver: pip install 'flawmap[serve]'") from error
     if kind == "sqlite":
         event.listen(engine, "connect", _sqlite)
-    asking(lambda: _migrate(engine))
+    _migrate(engine)
     return engine
 
 
@@ -76,6 +100,7 @@ def _sqlite(connection: Any, record: Any) -> None:
     cursor.close()
 
 
+@asking
 def _migrate(engine: Engine) -> None:
     from alembic import command
     from alembic.config import Config
@@ -99,23 +124,6 @@ def _one_at_a_time(connection: Connection) -> None:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
     else:
         connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_LOCK})")
-
-
-def asking(do: Callable[[], T]) -> T:
-    """What `do` asks of the database.
-
-    Raises:
-        DatabaseFullError: its disk is full.
-        DatabaseGoneError: it cannot be reached, or is locked for too long.
-    """
-    try:
-        return do()
-    except (OperationalError, PoolTimeoutError) as error:
-        raise _gone(error) from error
-    except DBAPIError as error:
-        if error.connection_invalidated:
-            raise _gone(error) from error
-        raise
 
 
 def _gone(error: SQLAlchemyError) -> DatabaseGoneError:

@@ -97,13 +97,15 @@ class Records:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
 
+    @asking
     def ping(self) -> None:
         """Asks the database for nothing."""
         with self._session() as session:
-            asking(lambda: session.execute(select(1)))
+            session.execute(select(1))
 
     # Inspections
 
+    @asking
     def add(
         self,
         rows: Sequence[Mapping[str, Any]],
@@ -125,293 +127,235 @@ class Records:
         Raises:
             RepeatedError: the request, or one of the files, is there already.
         """
-
-        def do() -> list[InspectionRow]:
-            with self._session() as session:
-                try:
-                    request = None
-                    if asked is not None:
-                        kept = RequestRow(owner=asked.owner, key=asked.key, digest=asked.digest, at=now())
-                        session.add(kept)
-                        session.flush()
-                        request = kept.id
-                    added = [InspectionRow(**row, request=request) for row in rows]
-                    for one in added:  # in order: numbers are what lists are sorted by
-                        session.add(one)
-                        session.flush()
-                    for one, file in zip(added, seen, strict=False):
-                        session.add(
-                            SeenRow(
-                                source=file.source,
-                                name=file.name,
-                                size=file.size,
-                                changed=file.changed,
-                                inspection=one.id,
-                            )
+        with self._session() as session:
+            try:
+                request = None
+                if asked is not None:
+                    kept = RequestRow(owner=asked.owner, key=asked.key, digest=asked.digest, at=now())
+                    session.add(kept)
+                    session.flush()
+                    request = kept.id
+                added = [InspectionRow(**row, request=request) for row in rows]
+                for one in added:  # in order: numbers are what lists are sorted by
+                    session.add(one)
+                    session.flush()
+                for one, file in zip(added, seen, strict=False):
+                    session.add(
+                        SeenRow(
+                            source=file.source,
+                            name=file.name,
+                            size=file.size,
+                            changed=file.changed,
+                            inspection=one.id,
                         )
-                    for one in added:
-                        for url in deliveries:
-                            session.add(
-                                DeliveryRow(
-                                    inspection=one.id, url=url, state="waiting", tries=0, due=one.at, error=None
-                                )
-                            )
-                    session.commit()
-                except IntegrityError as error:
-                    raise RepeatedError from error
-                return added
+                    )
+                for one in added:
+                    for url in deliveries:
+                        session.add(
+                            DeliveryRow(inspection=one.id, url=url, state="waiting", tries=0, due=one.at, error=None)
+                        )
+                session.commit()
+            except IntegrityError as error:
+                raise RepeatedError from error
+            return added
 
-        return asking(do)
-
+    @asking
     def answered(self, owner: str, key: str) -> tuple[str, list[InspectionRow]] | None:
         """The digest of a request that was answered under a key, and its inspections; None where there was none."""
+        with self._session() as session:
+            found = session.scalar(select(RequestRow).where(RequestRow.owner == owner, RequestRow.key == key))
+            if found is None:
+                return None
+            rows = session.scalars(select(InspectionRow).where(InspectionRow.request == found.id))
+            return found.digest, sorted(rows, key=lambda row: row.id)
 
-        def do() -> tuple[str, list[InspectionRow]] | None:
-            with self._session() as session:
-                found = session.scalar(select(RequestRow).where(RequestRow.owner == owner, RequestRow.key == key))
-                if found is None:
-                    return None
-                rows = session.scalars(select(InspectionRow).where(InspectionRow.request == found.id))
-                return found.digest, sorted(rows, key=lambda row: row.id)
-
-        return asking(do)
-
+    @asking
     def get(self, number: int) -> InspectionRow | None:
         """One inspection."""
+        with self._session() as session:
+            return session.get(InspectionRow, number)
 
-        def do() -> InspectionRow | None:
-            with self._session() as session:
-                return session.get(InspectionRow, number)
-
-        return asking(do)
-
+    @asking
     def latest(self, which: Filter, limit: int) -> list[InspectionRow]:
         """At most `limit` inspections, newest first."""
-
-        def do() -> list[InspectionRow]:
-            with self._session() as session:
-                query = which.apply(select(InspectionRow)).order_by(InspectionRow.id.desc()).limit(limit)
-                return list(session.scalars(query))
-
-        return asking(do)
+        with self._session() as session:
+            query = which.apply(select(InspectionRow)).order_by(InspectionRow.id.desc()).limit(limit)
+            return list(session.scalars(query))
 
     def each(self, which: Filter, block: int = 1000) -> Iterator[InspectionRow]:
         """All of them, oldest first, a block at a time: the database is not held while the caller is slow."""
         after = which.after or 0
         while True:
-            at = after
-
-            def do(at: int = at) -> list[InspectionRow]:
-                with self._session() as session:
-                    query = which.apply(select(InspectionRow)).where(InspectionRow.id > at)
-                    return list(session.scalars(query.order_by(InspectionRow.id).limit(block)))
-
-            rows = asking(do)
+            rows = self._block(which, after, block)
             yield from rows
             if len(rows) < block:
                 return
             after = rows[-1].id
 
+    @asking
+    def _block(self, which: Filter, after: int, limit: int) -> list[InspectionRow]:
+        with self._session() as session:
+            query = which.apply(select(InspectionRow)).where(InspectionRow.id > after)
+            return list(session.scalars(query.order_by(InspectionRow.id).limit(limit)))
+
+    @asking
     def counts(self, which: Filter) -> dict[str, int]:
         """How many of each verdict."""
-
-        def do() -> dict[str, int]:
-            with self._session() as session:
-                query = which.apply(select(InspectionRow.verdict, func.count())).group_by(InspectionRow.verdict)
-                return {str(verdict): int(count) for verdict, count in session.execute(query)}
-
-        return asking(do)
+        with self._session() as session:
+            query = which.apply(select(InspectionRow.verdict, func.count())).group_by(InspectionRow.verdict)
+            return {str(verdict): int(count) for verdict, count in session.execute(query)}
 
     # Words
 
+    @asking
     def say(self, number: int, word: str, by: str) -> InspectionRow | None:
         """Keeps an operator's word on an inspection; None where there is no such inspection."""
+        at = now()
+        with self._session() as session:
+            row = session.get(InspectionRow, number, with_for_update=True)
+            if row is None:
+                return None
+            session.add(WordRow(inspection=number, word=word, by=by, at=at))
+            row.word, row.word_by, row.word_at = word, by, at
+            session.commit()
+            return row
 
-        def do() -> InspectionRow | None:
-            at = now()
-            with self._session() as session:
-                row = session.get(InspectionRow, number, with_for_update=True)
-                if row is None:
-                    return None
-                session.add(WordRow(inspection=number, word=word, by=by, at=at))
-                row.word, row.word_by, row.word_at = word, by, at
-                session.commit()
-                return row
-
-        return asking(do)
-
+    @asking
     def words(self, number: int) -> list[WordRow]:
         """All that was said of an inspection, oldest first."""
-
-        def do() -> list[WordRow]:
-            with self._session() as session:
-                query = select(WordRow).where(WordRow.inspection == number).order_by(WordRow.id)
-                return list(session.scalars(query))
-
-        return asking(do)
+        with self._session() as session:
+            query = select(WordRow).where(WordRow.inspection == number).order_by(WordRow.id)
+            return list(session.scalars(query))
 
     # Thresholds
 
+    @asking
     def set_threshold(self, model: str, digest: str, value: float, rate: float | None, by: str) -> ThresholdRow:
         """Keeps a new version of a model's threshold."""
+        for _ in range(10):
+            with self._session() as session:
+                last = session.scalar(select(func.max(ThresholdRow.version)).where(ThresholdRow.model == model))
+                row = ThresholdRow(
+                    model=model,
+                    version=(last or 0) + 1,
+                    model_digest=digest,
+                    rate=rate,
+                    value=value,
+                    by=by,
+                    at=now(),
+                )
+                session.add(row)
+                try:
+                    session.commit()
+                except IntegrityError:  # another process was quicker
+                    continue
+                return row
+        raise RepeatedError
 
-        def do() -> ThresholdRow:
-            for _ in range(10):
-                with self._session() as session:
-                    last = session.scalar(select(func.max(ThresholdRow.version)).where(ThresholdRow.model == model))
-                    row = ThresholdRow(
-                        model=model,
-                        version=(last or 0) + 1,
-                        model_digest=digest,
-                        rate=rate,
-                        value=value,
-                        by=by,
-                        at=now(),
-                    )
-                    session.add(row)
-                    try:
-                        session.commit()
-                    except IntegrityError:  # another process was quicker
-                        continue
-                    return row
-            raise RepeatedError
-
-        return asking(do)
-
+    @asking
     def thresholds(self, model: str) -> list[ThresholdRow]:
         """All versions of a model's threshold, oldest first."""
-
-        def do() -> list[ThresholdRow]:
-            with self._session() as session:
-                query = select(ThresholdRow).where(ThresholdRow.model == model).order_by(ThresholdRow.version)
-                return list(session.scalars(query))
-
-        return asking(do)
+        with self._session() as session:
+            query = select(ThresholdRow).where(ThresholdRow.model == model).order_by(ThresholdRow.version)
+            return list(session.scalars(query))
 
     # Trainings
 
+    @asking
     def add_job(self, data: str, folder: str, command: Sequence[str], by: str) -> JobRow:
         """Keeps a training that is about to run."""
+        with self._session() as session:
+            row = JobRow(at=now(), by=by, state="running", data=data, folder=folder, command=list(command))
+            session.add(row)
+            session.commit()
+            return row
 
-        def do() -> JobRow:
-            with self._session() as session:
-                row = JobRow(at=now(), by=by, state="running", data=data, folder=folder, command=list(command))
-                session.add(row)
-                session.commit()
-                return row
-
-        return asking(do)
-
+    @asking
     def change_job(self, number: int, **values: Any) -> JobRow | None:
         """Keeps what became of a training that runs: None, and nothing is changed, where it does not run any more."""
+        with self._session() as session:
+            row = session.get(JobRow, number, with_for_update=True)
+            if row is None or row.state != "running":
+                return None
+            for name, value in values.items():
+                setattr(row, name, value)
+            session.commit()
+            return row
 
-        def do() -> JobRow | None:
-            with self._session() as session:
-                row = session.get(JobRow, number, with_for_update=True)
-                if row is None or row.state != "running":
-                    return None
-                for name, value in values.items():
-                    setattr(row, name, value)
-                session.commit()
-                return row
-
-        return asking(do)
-
+    @asking
     def job(self, number: int) -> JobRow | None:
         """One training."""
+        with self._session() as session:
+            return session.get(JobRow, number)
 
-        def do() -> JobRow | None:
-            with self._session() as session:
-                return session.get(JobRow, number)
-
-        return asking(do)
-
+    @asking
     def jobs(self, limit: int) -> list[JobRow]:
         """The last trainings, newest first."""
-
-        def do() -> list[JobRow]:
-            with self._session() as session:
-                return list(session.scalars(select(JobRow).order_by(JobRow.id.desc()).limit(limit)))
-
-        return asking(do)
+        with self._session() as session:
+            return list(session.scalars(select(JobRow).order_by(JobRow.id.desc()).limit(limit)))
 
     # Watched files
 
+    @asking
     def was_seen(self, files: Sequence[Seen]) -> list[bool]:
         """Which of some files of one source were judged, as they are now."""
+        found: set[tuple[str, int, int]] = set()
+        with self._session() as session:
+            for start in range(0, len(files), 500):
+                some = files[start : start + 500]
+                query = select(SeenRow.name, SeenRow.size, SeenRow.changed).where(
+                    SeenRow.source == some[0].source, SeenRow.name.in_([file.name for file in some])
+                )
+                found |= {(name, size, changed) for name, size, changed in session.execute(query)}
+        return [(file.name, file.size, file.changed) in found for file in files]
 
-        def do() -> list[bool]:
-            found: set[tuple[str, int, int]] = set()
-            with self._session() as session:
-                for start in range(0, len(files), 500):
-                    some = files[start : start + 500]
-                    query = select(SeenRow.name, SeenRow.size, SeenRow.changed).where(
-                        SeenRow.source == some[0].source, SeenRow.name.in_([file.name for file in some])
-                    )
-                    found |= {(name, size, changed) for name, size, changed in session.execute(query)}
-            return [(file.name, file.size, file.changed) in found for file in files]
-
-        return asking(do)
-
+    @asking
     def verdict_of(self, file: Seen) -> str | None:
         """The verdict on a file as it is now; None where it was not judged."""
-
-        def do() -> str | None:
-            with self._session() as session:
-                query = select(InspectionRow.verdict).join(SeenRow, SeenRow.inspection == InspectionRow.id)
-                return session.scalar(
-                    query.where(
-                        SeenRow.source == file.source,
-                        SeenRow.name == file.name,
-                        SeenRow.size == file.size,
-                        SeenRow.changed == file.changed,
-                    )
+        with self._session() as session:
+            query = select(InspectionRow.verdict).join(SeenRow, SeenRow.inspection == InspectionRow.id)
+            return session.scalar(
+                query.where(
+                    SeenRow.source == file.source,
+                    SeenRow.name == file.name,
+                    SeenRow.size == file.size,
+                    SeenRow.changed == file.changed,
                 )
-
-        return asking(do)
+            )
 
     # Pictures
 
+    @asking
     def stored(self) -> int:
         """Bytes of all pictures and maps that are kept; of a file that several inspections share, as often."""
+        with self._session() as session:
+            return int(session.scalar(select(func.coalesce(func.sum(InspectionRow.stored), 0))) or 0)
 
-        def do() -> int:
-            with self._session() as session:
-                return int(session.scalar(select(func.coalesce(func.sum(InspectionRow.stored), 0))) or 0)
-
-        return asking(do)
-
+    @asking
     def disposable(self, limit: int) -> list[InspectionRow]:
         """Inspections whose pictures may go first: the oldest good ones, then the oldest of all."""
+        with self._session() as session:
+            kept = select(InspectionRow).where(InspectionRow.stored > 0).order_by(InspectionRow.id).limit(limit)
+            good = list(session.scalars(kept.where(InspectionRow.verdict == "good")))
+            return good or list(session.scalars(kept))
 
-        def do() -> list[InspectionRow]:
-            with self._session() as session:
-                kept = select(InspectionRow).where(InspectionRow.stored > 0).order_by(InspectionRow.id).limit(limit)
-                good = list(session.scalars(kept.where(InspectionRow.verdict == "good")))
-                return good or list(session.scalars(kept))
-
-        return asking(do)
-
+    @asking
     def drop_pictures(self, numbers: Sequence[int]) -> list[str]:
         """Lets go of the pictures of some inspections; the names of the files that none needs any more."""
-
-        def do() -> list[str]:
-            with self._session() as session:
-                rows = list(session.scalars(select(InspectionRow).where(InspectionRow.id.in_(numbers))))
-                names = {name for row in rows for name in (row.picture, row.map) if name is not None}
-                session.execute(
-                    update(InspectionRow)
-                    .where(InspectionRow.id.in_(numbers))
-                    .values(picture=None, map=None, stored=0)
-                    .execution_options(synchronize_session=False)
-                )
-                session.commit()
-                used = set()
-                for column in (InspectionRow.picture, InspectionRow.map):
-                    used |= set(session.scalars(select(column).where(column.in_(names))))
-                return sorted(names - used)
-
-        return asking(do)
+        with self._session() as session:
+            rows = list(session.scalars(select(InspectionRow).where(InspectionRow.id.in_(numbers))))
+            names = {name for row in rows for name in (row.picture, row.map) if name is not None}
+            session.execute(
+                update(InspectionRow)
+                .where(InspectionRow.id.in_(numbers))
+                .values(picture=None, map=None, stored=0)
+                .execution_options(synchronize_session=False)
+            )
+            session.commit()
+            used = set()
+            for column in (InspectionRow.picture, InspectionRow.map):
+                used |= set(session.scalars(select(column).where(column.in_(names))))
+            return sorted(names - used)
 
     def _session(self) -> Session:
         return Session(self.engine, expire_on_commit=False)
