@@ -45,6 +45,13 @@ def lab_is_missing(what: str, error: ModuleNotFoundError) -> FlawmapError:
     return FlawmapError(f"{what} needs the lab, and {error.name} is not installed: pip install 'flawmap[train]'")
 
 
+def service_is_missing(what: str, error: ModuleNotFoundError) -> FlawmapError:
+    """For what needs the extra `serve` where it is not installed."""
+    if (error.name or "").partition(".")[0] == "flawmap":
+        raise error
+    return FlawmapError(f"{what} needs {error.name}, which is not installed: pip install 'flawmap[serve]'")
+
+
 def shortage(error: BaseException) -> FlawmapError | None:
     """The one line about memory, threads, open files or disk that have run out, if that is what an error tells.
 

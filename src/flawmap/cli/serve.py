@@ -10,7 +10,7 @@ import click
 
 from flawmap.cli.options import DATABASE, KEEP, KEEP_GB, STORE, Finite
 from flawmap.cli.streams import Ended
-from flawmap.errors import FlawmapError
+from flawmap.errors import service_is_missing
 
 
 @click.command("serve")
@@ -106,10 +106,3 @@ def key_command(file: Path, name: str, role: Literal["inspect", "operate", "admi
     from flawmap.service.keys import add_key
 
     click.echo(add_key(file, name, role))
-
-
-def service_is_missing(what: str, error: ModuleNotFoundError) -> FlawmapError:
-    """For what needs the extra `serve` where it is not installed."""
-    if (error.name or "").startswith("flawmap"):
-        raise error
-    return FlawmapError(f"{what} needs {error.name}, which is not installed: pip install 'flawmap[serve]'")

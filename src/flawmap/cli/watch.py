@@ -14,6 +14,7 @@ import click
 from flawmap.cli.options import DATABASE, KEEP, KEEP_GB, RATE, SCORE, STORE, Finite
 from flawmap.cli.say import say
 from flawmap.cli.verdict_lines import VerdictLines
+from flawmap.errors import service_is_missing
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
@@ -102,9 +103,7 @@ def watch_command(
         from flawmap.service.sources.triggers import on_enter, on_http
         from flawmap.service.watching import Watch, until_it_can
     except ModuleNotFoundError as error:
-        raise click.UsageError(
-            f"watch needs {error.name}, which is not installed: pip install 'flawmap[serve]'"
-        ) from error
+        raise service_is_missing("watch", error) from error
     from flawmap.report.drawings import make_folder
 
     make_folder(store)

@@ -8,6 +8,7 @@ import json
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
 from io import StringIO
@@ -241,7 +242,7 @@ def _add_inspections(app: FastAPI, service: Service) -> None:
         limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     ) -> Listed:
         """Those that were kept, newest first."""
-        rows = service.records.latest(_before(which, cursor), limit)
+        rows = service.records.latest(replace(which, before=cursor), limit)
         following = rows[-1].id if len(rows) == limit else None
         return Listed(inspections=[Inspection.of(row) for row in rows], next=following)
 
@@ -336,10 +337,6 @@ def _milliseconds(at: datetime | None) -> int | None:
         raise HTTPException(422, "since, until: give a time of these centuries") from error
 
 
-def _before(which: Filter, cursor: int | None) -> Filter:
-    return Filter(which.model, which.verdict, which.word, which.worded, which.since, which.until, before=cursor)
-
-
 def _started(rows: Iterator[InspectionRow]) -> Iterator[InspectionRow]:
     """The same, the first of them read: a database that is gone is told before an answer begins."""
     first = next(rows, None)
@@ -375,28 +372,7 @@ def _download(content: Iterator[str], kind: str, name: str) -> StreamingResponse
     )
 
 
-_COLUMNS = (
-    "id",
-    "at",
-    "model",
-    "model_digest",
-    "threshold_version",
-    "source",
-    "name",
-    "image_digest",
-    "width",
-    "height",
-    "verdict",
-    "score",
-    "p_value",
-    "threshold",
-    "regions",
-    "error",
-    "milliseconds",
-    "word",
-    "word_by",
-    "word_at",
-)
+_COLUMNS = tuple(name for name in Inspection.model_fields if name != "links")
 
 _IMAGES: dict[str, Any] = {
     "parameters": [

@@ -7,6 +7,7 @@ import threading
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 from flawmap.errors import FlawmapError
 from flawmap.files import replacing
 from flawmap.judging.inspection import Inspection
-from flawmap.report.overlays import HeatScale, map_levels
+from flawmap.report.overlays import HeatScale, as_rgb, map_levels
 from flawmap.service.records import Records
 
 _SCALE = "flawmap-scale"  # of a map's file
@@ -126,3 +127,20 @@ def map_of(content: bytes) -> tuple[NDArray[np.float32], HeatScale]:
         values: NDArray[np.float32] = np.array(image, dtype=np.float32)
     values *= np.float32(2 * high / 65535)
     return values, HeatScale(low, high)
+
+
+def jpeg_of(pixels: NDArray[Any], *, quality: int, side: int | None = None) -> bytes:
+    """A picture as a browser shows it; with `side`, at most so large."""
+    image = Image.fromarray(as_rgb(pixels))
+    if side is not None:
+        image.thumbnail((side, side))
+    out = BytesIO()
+    image.save(out, format="JPEG", quality=quality)
+    return out.getvalue()
+
+
+def png_of(pixels: NDArray[np.uint8]) -> bytes:
+    """A picture (H, W, 3) or (H, W, 4), hardly compressed: it is drawn when it is asked for."""
+    out = BytesIO()
+    Image.fromarray(pixels).save(out, format="PNG", compress_level=1)
+    return out.getvalue()

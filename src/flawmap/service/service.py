@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from io import BytesIO
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
-from flawmap.errors import FlawmapError, ImageError
+from flawmap.errors import FlawmapError
 from flawmap.imaging.decoding import decode_image
 from flawmap.line.inspector import Inspector
 from flawmap.report.overlays import as_rgb, heat_layer
@@ -23,7 +24,7 @@ from flawmap.service.database import open_database
 from flawmap.service.hosting import Host, Hosts
 from flawmap.service.journal import Journal
 from flawmap.service.keys import FailedKeys, Keys
-from flawmap.service.pictures import Pictures, map_of
+from flawmap.service.pictures import Pictures, jpeg_of, map_of, png_of
 from flawmap.service.recording import Keep, Recorder
 from flawmap.service.records import Asked, Records
 from flawmap.service.tables import InspectionRow
@@ -86,7 +87,6 @@ class Service:
     counters: Counters
     failed_keys: FailedKeys = field(default_factory=FailedKeys)
     listeners: list[Callable[[InspectionRow], None]] = field(default_factory=list)
-    _closing: threading.Lock = field(default_factory=threading.Lock)
 
     def host(self, name: str) -> Host:
         """Raises UnknownModelError."""
@@ -103,13 +103,7 @@ class Service:
             ImageError: it is no image.
         """
         name = printable(name)[:300] or "image"
-        try:
-            pixels = decode_image(content, name)
-        except ImageError:
-            raise
-        except MemoryError as error:
-            raise ImageError(f"{name}: there is not enough memory to decode it; send a smaller one") from error
-        return Upload(content, hashlib.sha256(content).hexdigest(), name, pixels)
+        return Upload(content, hashlib.sha256(content).hexdigest(), name, decode_image(content, name))
 
     def submit(
         self, host: Host, uploads: Sequence[Upload], *, owner: str, source: str, key: str | None = None
@@ -147,21 +141,21 @@ class Service:
 
     def close(self) -> None:
         """Finishes what was accepted, and lets go of everything."""
-        with self._closing:
-            self.batcher.close()
-            self.hosts.close()
-            self.records.engine.dispose()
+        self.batcher.close()
+        self.hosts.close()
+        self.records.engine.dispose()
 
     # What is shown of an inspection
 
     def picture(self, row: InspectionRow) -> bytes | None:
         """The picture as a browser shows it: JPEG. None where it is not kept."""
+        pixels = self.pixels(row)
+        return None if pixels is None else jpeg_of(pixels, quality=90)
+
+    def pixels(self, row: InspectionRow) -> NDArray[Any] | None:
+        """Those that were judged, see `Upload.pixels`. None where the picture is not kept."""
         content = None if row.picture is None else self.pictures.read(row.picture)
-        if content is None:
-            return None
-        out = BytesIO()
-        Image.fromarray(as_rgb(decode_image(content, row.name))).save(out, format="JPEG", quality=90)
-        return out.getvalue()
+        return None if content is None else decode_image(content, row.name)
 
     def map(self, row: InspectionRow) -> bytes | None:
         """The map as a 16-bit PNG, see `flawmap.report.overlays.map_levels`. None where it is not kept."""
@@ -169,27 +163,24 @@ class Service:
 
     def layer(self, row: InspectionRow, *, heat: bool, outlines: bool) -> bytes | None:
         """Heat and outlines of the regions to be laid over the picture: PNG with transparency. None without a map."""
+        layer = self._layer(row, heat=heat, outlines=outlines)
+        return None if layer is None else png_of(layer)
+
+    def overlay(self, row: InspectionRow) -> bytes | None:
+        """Picture, heat and outlines in one PNG. None where they are not kept."""
+        pixels = self.pixels(row)
+        layer = None if pixels is None else self._layer(row)
+        if pixels is None or layer is None:
+            return None
+        picture = Image.fromarray(as_rgb(pixels)).convert("RGBA")
+        return png_of(np.asarray(Image.alpha_composite(picture, Image.fromarray(layer)).convert("RGB")))
+
+    def _layer(self, row: InspectionRow, *, heat: bool = True, outlines: bool = True) -> NDArray[np.uint8] | None:
         drawn = self.map(row)
         if drawn is None:
             return None
         values, scale = map_of(drawn)
-        layer = heat_layer(values, scale, heat=heat, outlines=outlines, quiet=row.verdict == "good")
-        out = BytesIO()
-        Image.fromarray(layer).save(out, format="PNG", compress_level=1)
-        return out.getvalue()
-
-    def overlay(self, row: InspectionRow) -> bytes | None:
-        """Picture, heat and outlines in one PNG. None where they are not kept."""
-        content = None if row.picture is None else self.pictures.read(row.picture)
-        drawn = self.map(row)
-        if content is None or drawn is None:
-            return None
-        values, scale = map_of(drawn)
-        layer = heat_layer(values, scale, quiet=row.verdict == "good")
-        picture = Image.fromarray(as_rgb(decode_image(content, row.name))).convert("RGBA")
-        out = BytesIO()
-        Image.alpha_composite(picture, Image.fromarray(layer)).convert("RGB").save(out, format="PNG", compress_level=3)
-        return out.getvalue()
+        return heat_layer(values, scale, heat=heat, outlines=outlines, quiet=row.verdict == "good")
 
 
 def open_service(models: Sequence[Path], options: Options) -> Service:

@@ -21,16 +21,14 @@ from io import BytesIO, StringIO
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from PIL import Image
-
 from flawmap.datasets import find_dataset
 from flawmap.errors import FlawmapError, ImageError
 from flawmap.files import replacing
 from flawmap.imaging.decoding import decode_image, read_image
 from flawmap.imaging.image_files import IMAGE_SUFFIXES, hidden
 from flawmap.report.drawings import make_folder
-from flawmap.report.overlays import as_rgb
 from flawmap.service.hosting import Host, model_name
+from flawmap.service.pictures import jpeg_of
 from flawmap.service.service import Service
 from flawmap.service.tables import JobRow
 from flawmap.text import counted, printable
@@ -134,11 +132,11 @@ class Collections:
             if not zipfile.is_zipfile(part):
                 if part.stat().st_size > self._max_image:
                     return 0, [f"{printable(name)}: more than {self._max_image / 1e6:.0f} MB"]
-                refused = self._keep(folder, part.read_bytes(), name)
+                refused = self._keep(folder, self.count(collection), part.read_bytes(), name)
                 return (0, [refused]) if refused else (1, [])
-            return self._unpack(folder, part)
+            return self._unpack(folder, self.count(collection), part)
 
-    def _unpack(self, folder: Path, archive: Path) -> tuple[int, list[str]]:
+    def _unpack(self, folder: Path, there: int, archive: Path) -> tuple[int, list[str]]:
         added, refused, taken = 0, [], 0
         try:
             with zipfile.ZipFile(archive) as packed:
@@ -155,7 +153,7 @@ class Collections:
                     taken += len(content)
                     if taken > _UNPACKED:
                         raise FlawmapError(f"the archive unpacks to more than {_UNPACKED / 1e9:.0f} GB: send less")
-                    told = self._keep(folder, content, member.filename)
+                    told = self._keep(folder, there + added, content, member.filename)
                     if told:
                         refused.append(told)
                     else:
@@ -164,13 +162,12 @@ class Collections:
             raise FlawmapError("the archive is damaged, encrypted or of an unknown kind: pack it again") from error
         return added, refused
 
-    def _keep(self, folder: Path, content: bytes, name: str) -> str | None:
-        """Why it is not kept."""
+    def _keep(self, folder: Path, count: int, content: bytes, name: str) -> str | None:
+        """Why it is not kept beside so many."""
         try:
             decode_image(content, printable(name) or "image")
-        except (ImageError, MemoryError) as error:
-            return str(error) or f"{printable(name)}: too large"
-        count = sum(1 for _ in folder.iterdir())
+        except ImageError as error:
+            return str(error)
         if count >= _IMAGES:
             raise FlawmapError(f"{_IMAGES} images are enough: train with them")
         suffix = PurePosixPath(name).suffix.lower()
@@ -425,13 +422,9 @@ class Trainings:
 def thumbnail(path: Path, side: int) -> bytes | None:
     """A small picture of an image file: JPEG. None where it cannot be read."""
     try:
-        image = Image.fromarray(as_rgb(read_image(path)))
+        return jpeg_of(read_image(path), quality=85, side=side)
     except ImageError:
         return None
-    image.thumbnail((side, side))
-    out = BytesIO()
-    image.save(out, format="JPEG", quality=85)
-    return out.getvalue()
 
 
 def _is_image_member(member: zipfile.ZipInfo) -> bool:

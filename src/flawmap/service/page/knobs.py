@@ -5,19 +5,17 @@ from __future__ import annotations
 import asyncio
 import base64
 import time
-from io import BytesIO
 from typing import Any
 
 from nicegui import ui
 from numpy.typing import NDArray
-from PIL import Image
 
 from flawmap.errors import FlawmapError
-from flawmap.imaging.decoding import decode_image
 from flawmap.line.inspector import Inspector, read_card
 from flawmap.report.overlays import heat_layer
 from flawmap.service.page.components import SIGNS, WORDS, Film, Viewer, picture_address
 from flawmap.service.page.threshold import choose_model
+from flawmap.service.pictures import png_of
 from flawmap.service.records import Filter
 from flawmap.service.service import Service
 from flawmap.service.tables import InspectionRow
@@ -132,10 +130,9 @@ class _Knobs:
 
     def _computed(self, row: InspectionRow, values: dict[str, Any]) -> tuple[str, str, str, str]:
         if self.pixels is None:
-            content = None if row.picture is None else self.service.pictures.read(row.picture)
-            if content is None:
+            self.pixels = self.service.pixels(row)
+            if self.pixels is None:
                 raise FlawmapError("this picture is not kept any more")
-            self.pixels = decode_image(content, row.name)
         start = time.perf_counter()
         moved: Inspector = self.service.host(self.model).serving.inspector.with_settings(**values)
         found, scale = moved.predict(self.pixels), moved.heat_scale()
@@ -157,6 +154,4 @@ class _Knobs:
 
 
 def _address(layer: NDArray[Any]) -> str:
-    out = BytesIO()
-    Image.fromarray(layer).save(out, format="PNG", compress_level=1)
-    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
+    return "data:image/png;base64," + base64.b64encode(png_of(layer)).decode()

@@ -10,17 +10,15 @@ from typing import BinaryIO
 from fastapi import HTTPException, Request
 from fastapi.responses import FileResponse, Response
 from nicegui import app as pages
-from PIL import Image
 from starlette.concurrency import run_in_threadpool
 
 from flawmap.errors import FlawmapError
-from flawmap.imaging.decoding import decode_image
-from flawmap.report.overlays import as_rgb
 from flawmap.service.batching import ClosingError, QueueFullError
 from flawmap.service.database import DatabaseGoneError
 from flawmap.service.keys import Caller, Role
 from flawmap.service.page.access import caller
 from flawmap.service.page.quality import csv_of
+from flawmap.service.pictures import jpeg_of
 from flawmap.service.service import Service, UnknownModelError
 from flawmap.service.tables import InspectionRow
 from flawmap.service.training import Trainings, thumbnail
@@ -146,11 +144,5 @@ def _drawn(service: Service, row: InspectionRow, what: str) -> tuple[bytes | Non
 
 
 def _thumb(service: Service, row: InspectionRow) -> bytes | None:
-    content = None if row.picture is None else service.pictures.read(row.picture)
-    if content is None:
-        return None
-    image = Image.fromarray(as_rgb(decode_image(content, row.name)))
-    image.thumbnail((_THUMB, _THUMB))
-    out = BytesIO()
-    image.save(out, format="JPEG", quality=82)
-    return out.getvalue()
+    pixels = service.pixels(row)
+    return None if pixels is None else jpeg_of(pixels, quality=82, side=_THUMB)

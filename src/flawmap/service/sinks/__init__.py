@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from flawmap.service.records import iso
+from flawmap.service.journal import inspection_json
 from flawmap.service.tables import InspectionRow
 
 SCHEMA = 1
 """Of `told`: it grows by further keys, and is counted up where one changes its meaning or goes."""
+
+
+_SHARED = (
+    *("id", "at", "model", "model_digest", "threshold_version", "source", "verdict", "score", "p_value", "threshold"),
+    *("regions", "milliseconds", "error"),
+)
 
 
 class Sink(Protocol):
@@ -24,22 +30,11 @@ class Sink(Protocol):
 
 def told(row: InspectionRow) -> dict[str, Any]:
     """What a sink is told: plain JSON types, the keys of `Inspection.to_json` and what the records add."""
+    known = inspection_json(row)
     return {
         "schema": SCHEMA,
-        "id": row.id,
-        "at": iso(row.at),
-        "model": row.model,
-        "model_digest": row.model_digest,
-        "threshold_version": row.threshold_version,
-        "source": row.source,
-        "path": row.name,
-        "verdict": row.verdict,
-        "score": row.score,
-        "p_value": row.p_value,
-        "threshold": row.threshold,
+        **{name: known[name] for name in _SHARED},
+        "path": known["name"],
         "unsure_between": None,
-        "regions": row.regions,
-        "milliseconds": round(row.milliseconds, 2),
-        "digest": row.image_digest or None,
-        "error": row.error,
+        "digest": known["image_digest"] or None,
     }
