@@ -63,21 +63,21 @@ def test_killed_it_loses_nothing_acknowledged_and_doubles_nothing(fabric, conten
 
     def ask(who):
         number = 0
-        while not stop.is_set():
-            key = f"{who}-{number}"
-            try:
-                answer = httpx.post(
-                    address["url"] + INSPECT,
-                    content=contents[(who + number) % len(contents)],
-                    headers={"Idempotency-Key": key},
-                    timeout=20,
-                )
-            except httpx.HTTPError:
-                time.sleep(0.02)
-                continue  # with the same key
-            if answer.status_code == 200:
-                answered[key] = answer.json()["inspections"][0]["id"]
-                number += 1
+        with httpx.Client(timeout=20) as client:
+            while not stop.is_set():
+                key = f"{who}-{number}"
+                try:
+                    answer = client.post(
+                        address["url"] + INSPECT,
+                        content=contents[(who + number) % len(contents)],
+                        headers={"Idempotency-Key": key},
+                    )
+                except httpx.HTTPError:
+                    time.sleep(0.05)
+                    continue  # with the same key
+                if answer.status_code == 200:
+                    answered[key] = answer.json()["inspections"][0]["id"]
+                    number += 1
 
     server = Server(fabric / "fabric.onnx", tmp_path / "store", "--keep", "all")
     address["url"] = server.url
