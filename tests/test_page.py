@@ -117,6 +117,12 @@ def page(browser):
     assert [url for url in asked if not url.startswith(("http://127.0.0.1:", "data:", "blob:"))] == []
 
 
+def go(page, address: str) -> None:
+    """Opens a page, and waits until it listens: what is typed before that is lost."""
+    page.goto(address)
+    page.wait_for_function("window.did_handshake")
+
+
 def drop(page, path: Path, name: str) -> None:
     """A file of another window, dropped on the page."""
     content = base64.b64encode(path.read_bytes()).decode()
@@ -145,7 +151,7 @@ def newest(server):
 
 
 def test_a_dropped_image_is_judged_and_shown(server, page, broken_file):
-    page.goto(server.base)
+    go(page, server.base)
     name = "<img src=x onerror=alert(1)>.png"
     drop(page, broken_file, name)
     light = page.locator(".light")
@@ -162,7 +168,7 @@ def test_a_dropped_image_is_judged_and_shown(server, page, broken_file):
 
 
 def test_what_others_send_appears_at_once_and_what_is_no_image_is_refused_in_words(server, page, drawn, tmp_path):
-    page.goto(server.base)
+    go(page, server.base)
     expect(page.locator(".shot").first).to_be_visible()
     number = server.send(drawn / "test" / "good" / "002.png", "screws")
     expect(page.locator(".shot").first).to_have_attribute("data-id", str(number))
@@ -174,7 +180,7 @@ def test_what_others_send_appears_at_once_and_what_is_no_image_is_refused_in_wor
 
 
 def test_a_word_given_by_key_is_kept(server, page):
-    page.goto(server.base)
+    go(page, server.base)
     shots = page.locator(".shot")
     expect(shots.first).to_have_attribute("aria-current", "true")
     page.keyboard.press("j")
@@ -197,7 +203,7 @@ def test_a_word_given_by_key_is_kept(server, page):
 
 
 def test_the_picture_is_zoomed_and_moved(server, page):
-    page.goto(server.base)
+    go(page, server.base)
     world = page.locator(".world")
     expect(world).to_have_attribute("style", re.compile(r"scale\(1\)"))
     page.keyboard.press("+")
@@ -226,7 +232,7 @@ def test_a_dragged_threshold_tells_at_once_what_it_rejects_without_the_server(se
     rows = [row for row in server.records.latest(Filter(model="screws"), 200) if row.score is not None]
     asked, sent = [], []
     page.on("websocket", lambda socket: socket.on("framesent", lambda frame: sent.append(frame)))
-    page.goto(f"{server.base}/threshold?model=screws")
+    go(page, f"{server.base}/threshold?model=screws")
     handle = page.get_by_role("slider", name="Threshold")
     before = float(handle.get_attribute("aria-valuenow"))
     rejected = page.locator('[data-figure="rejected"] b')
@@ -267,7 +273,7 @@ def _percent(share: float) -> str:
 
 
 def test_the_browser_computes_the_interval_that_flawmap_does(server, page):
-    page.goto(f"{server.base}/threshold?model=screws")
+    go(page, f"{server.base}/threshold?model=screws")
     address = re.search(r'"([^"]*threshold\.js[^"]*)"', page.content()).group(1)
     for events, cases in ((0, 12), (1, 299), (7, 60), (60, 60), (500, 1000)):
         found = page.evaluate(
@@ -281,7 +287,7 @@ def test_the_browser_computes_the_interval_that_flawmap_does(server, page):
 
 
 def test_a_knob_moves_the_heatmap(server, page):
-    page.goto(f"{server.base}/knobs")
+    go(page, f"{server.base}/knobs")
     heat = page.locator(".world .heat")
     expect(heat).to_have_attribute("src", re.compile("^data:image/png"))
     before = heat.get_attribute("src")
@@ -300,7 +306,7 @@ def test_quality_holds_words_against_verdicts(server, page, broken_file):
     number = server.send(broken_file, "live", "=cmd.png")
     row = server.records.get(number)
     server.records.say(number, "good" if row.verdict == "defect" else "defect", "")
-    page.goto(f"{server.base}/quality?model=live")
+    go(page, f"{server.base}/quality?model=live")
     wrong = page.get_by_label("Disagreements")
     expect(wrong).to_contain_text(f"judged {row.verdict}")
     with page.expect_download() as got:
@@ -321,7 +327,7 @@ def test_each_section_fits_and_axe_finds_nothing_serious(server, browser, sectio
     for (width, height), scheme in zip(WIDTHS.items(), ("light", "dark", "light"), strict=True):
         context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
         page = context.new_page()
-        page.goto(server.base + section)
+        go(page, server.base + section)
         expect(page.get_by_role("navigation", name="Sections")).to_be_visible()
         page.wait_for_timeout(400)
         page.screenshot(path=tmp_path / f"{width}.png", full_page=True)
@@ -334,7 +340,7 @@ def test_each_section_fits_and_axe_finds_nothing_serious(server, browser, sectio
 
 
 def test_the_keyboard_reaches_what_matters(server, page):
-    page.goto(server.base)
+    go(page, server.base)
     expect(page.locator(".shot").first).to_be_visible()
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.textContent") == "Skip to main content"
@@ -359,7 +365,7 @@ def locked(exported, drawn, tmp_path_factory):
 
 
 def sign_in(page, server, key: str) -> None:
-    page.goto(server.base)
+    go(page, server.base)
     expect(page).to_have_url(f"{server.base}/login")
     page.get_by_label("Key").fill(key)
     page.keyboard.press("Enter")
@@ -391,7 +397,7 @@ def test_keys_are_asked_for_and_roles_are_kept(locked, browser, drawn):
                 ".then((answer) => answer.status)"
             )
             assert refused == 403
-        page.goto(f"{server.base}/threshold")
+        go(page, f"{server.base}/threshold")
         expect(page.locator(".chart svg")).to_be_visible()
         expect(page.get_by_role("button", name="Save as a new version")).to_have_count(0)
         page.get_by_role("button", name="Sign out").click()
@@ -403,7 +409,7 @@ def test_keys_are_asked_for_and_roles_are_kept(locked, browser, drawn):
 
 def test_whoever_tries_many_wrong_keys_waits(locked, page):
     server, keys = locked
-    page.goto(f"{server.base}/login")
+    go(page, f"{server.base}/login")
     for _ in range(10):
         page.get_by_label("Key").fill("wrong")
         page.keyboard.press("Enter")
@@ -417,7 +423,7 @@ def test_whoever_tries_many_wrong_keys_waits(locked, page):
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="a killed process is told by /proc")
 def test_a_model_is_trained_through_a_kill_of_everything_and_judges(server, page, drawn, broken_file):
-    page.goto(f"{server.base}/train")
+    go(page, f"{server.base}/train")
     choose(page, "A folder on the server", "screws")
     expect(page.locator(".found")).to_contain_text("12 good images to learn from")
     page.get_by_label("Image size").fill("64")
@@ -432,7 +438,7 @@ def test_a_model_is_trained_through_a_kill_of_everything_and_judges(server, page
     assert (job.state, job.by) == ("running", "")
     os.killpg(job.process, signal.SIGKILL)
     server.start()
-    page.goto(f"{server.base}/train")
+    go(page, f"{server.base}/train")
     expect(page.get_by_text("Training 1: done")).to_be_visible(timeout=90_000)
     assert page.locator(".unusual img").count() > 0
     expect(page.locator(".unusual img").first).to_have_js_property("complete", True)
