@@ -490,7 +490,8 @@ class Detector:
                 )
             if self._inspector is None:
                 mover = self._moved if self._method_class.live else None
-                self._inspector = Inspector(self.card(), self._engine, self._judge, self.digest_, mover)
+                live = () if self.latents_ is None else tuple(self._method_class.live)
+                self._inspector = Inspector(self.card(), self._engine, self._judge, self.digest_, mover, live)
             return self._inspector
 
     def _moved(self, settings: Mapping[str, Any], calibrate: bool) -> Inspector:

@@ -135,7 +135,8 @@ def inspector_of(
         if set(live) != {"settings", "buffers", "images"} or not set(live["settings"]) <= set(card.config):
             raise ValueError("its live settings are not those of its method")
         mover = Mover(card, compiled, live, content["model"])
-    return Inspector(card, compiled, card.judge(), content["model"], mover)
+    movable = () if live is None else tuple(live["settings"])
+    return Inspector(card, compiled, card.judge(), content["model"], mover, movable)
 
 
 def _unfit(path: Path, error: Exception) -> FlawmapError:

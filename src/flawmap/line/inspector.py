@@ -46,6 +46,7 @@ class Inspector:
             the method has none, scores (B,) and embeddings (B, M).
         judge: threshold, pixel threshold, and the scores of good images that they come from.
         digest: of the model file, in hexadecimal; None where there is none yet.
+        live: the settings that can be moved, and calibrated anew.
         capture_check: whether captures unlike those learnt from are refused: verdict "error".
 
     Example:
@@ -56,14 +57,21 @@ class Inspector:
     """
 
     def __init__(
-        self, card: ModelCard, engine: Engine, judge: Judge, digest: str | None, mover: Mover | None = None
+        self,
+        card: ModelCard,
+        engine: Engine,
+        judge: Judge,
+        digest: str | None,
+        mover: Mover | None = None,
+        live: tuple[str, ...] = (),
     ) -> None:
-        """`mover` makes the inspector of other values of the settings that can still be moved."""
+        """`mover` makes the inspector of other values of the `live` settings."""
         self.card = card
         self.engine = engine
         self.judge = judge
         self.digest = digest
         self.capture_check = card.capture_check
+        self.live = live
         self._mover = mover
         self._warm: set[int] = set()  # batch sizes that the engine has made its kernels for
         self._warming = threading.Lock()

@@ -55,7 +55,8 @@ class Mover:
         calibration = self._calibration(inputs, before.mode) if calibrate and before is not None else None
         card = replace(self.card, config=config, calibration=calibration)
         mover = replace(self, card=replace(self.card, config=config))
-        return Inspector(card, self.engine.moved(inputs), card.judge(), self.digest, mover)
+        movable = tuple(self.live["settings"])
+        return Inspector(card, self.engine.moved(inputs), card.judge(), self.digest, mover, movable)
 
     def _checked(self, settings: Mapping[str, Any]) -> dict[str, float]:
         """The settings as numbers, which may come as text from the command line."""

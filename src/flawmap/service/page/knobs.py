@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import base64
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from nicegui import ui
 from numpy.typing import NDArray
 
 from flawmap.errors import FlawmapError
-from flawmap.line.inspector import Inspector, read_card
+from flawmap.line.inspector import Inspector
 from flawmap.report.overlays import heat_layer
 from flawmap.service.page.components import SIGNS, WORDS, Film, Viewer, picture_address
 from flawmap.service.page.threshold import choose_model
@@ -30,7 +31,8 @@ _KEPT = 40  # pictures to choose from
 
 def build(service: Service, model: str | None) -> None:
     """The section for a model with settings that move."""
-    movable = {host.name: live for host in service.hosts.by_name.values() if (live := _live(host.path))}
+    hosts = service.hosts.by_name.values()
+    movable = {host.name: live for host in hosts if (live := host.serving.inspector.live)}
     if not movable:
         with ui.element("section").classes("panel"):
             ui.label("None of the models that are served has settings that move after training: f2r and cls_cnf have.")
@@ -40,17 +42,10 @@ def build(service: Service, model: str | None) -> None:
     _Knobs(service, name, movable[name], rows).build(len(movable) > 1)
 
 
-def _live(path: Any) -> list[str]:
-    try:
-        return list(read_card(path)[1]["live"])
-    except FlawmapError:  # the file is being replaced
-        return []
-
-
 class _Knobs:
     """One browser's settings. While a heatmap is computed the newest settings wait, and those between are left out."""
 
-    def __init__(self, service: Service, model: str, live: list[str], rows: list[InspectionRow]) -> None:
+    def __init__(self, service: Service, model: str, live: Sequence[str], rows: list[InspectionRow]) -> None:
         self.service, self.model, self.live, self.rows = service, model, live, rows
         config = service.host(model).serving.inspector.card.config
         self.trained = {setting: float(config[setting]) for setting in live}
