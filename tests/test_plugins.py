@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from flawmap import Detector, FlawmapError
-from flawmap.methods import registry
-from flawmap.methods.registry import add_plugin, known_methods, method_class
+from flawmap.methods import method_class, plugins
+from flawmap.methods.plugins import add_plugin, known_methods
 
 PAGE = (Path(__file__).parents[1] / "docs" / "plugins.md").read_text()
 SPREAD = re.search(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)[1]
@@ -19,9 +19,9 @@ OPTIONS = ("--method", "spread", "--image-size", 64, "--max-false-reject", 0.2)
 @pytest.fixture(autouse=True)
 def forgotten(monkeypatch):
     """What a test makes known is forgotten after it."""
-    monkeypatch.setattr(registry, "_from_files", {})
+    monkeypatch.setattr(plugins, "_from_files", {})
     yield
-    registry._installed.cache_clear()
+    plugins._installed.cache_clear()
     for name in [name for name in sys.modules if name.startswith("flawmap_plugin_")]:
         del sys.modules[name]
 
@@ -42,7 +42,7 @@ def test_the_example_trains_inspects_and_leaves_as_a_file_that_needs_it_no_more(
     assert flawmap("export", model, "-o", exported, "--plugin", plugin)[0] == 0
     code, lab, _ = flawmap("inspect", model, drawn / "test", "--plugin", plugin, "--format", "csv")
     assert code == 0
-    monkeypatch.setattr(registry, "_from_files", {})
+    monkeypatch.setattr(plugins, "_from_files", {})
     code, _, err = flawmap("inspect", model, drawn / "test")
     assert code == 2
     assert "method spread" in err
@@ -119,7 +119,7 @@ def test_an_installed_package_brings_a_method_and_takes_no_name_of_ours(tmp_path
     install(tmp_path, "spreading", "spread_of_a_package:Spread")
     install(tmp_path, "gone", "nothing_of_this_name:Gone")
     monkeypatch.syspath_prepend(tmp_path)
-    registry._installed.cache_clear()
+    plugins._installed.cache_clear()
     assert known_methods()["spreading"].paper == "of spreading-methods"
     assert method_class("spreading").__name__ == "Spread"
     assert method_class("padim").__module__ == "flawmap.methods.padim"

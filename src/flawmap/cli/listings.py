@@ -12,7 +12,7 @@ from flawmap.cli.options import PLUGIN
 @PLUGIN
 def methods_command(name: str | None) -> None:
     """List the methods with their papers, and when to take which; or say all of the one called NAME."""
-    from flawmap.methods.registry import known_methods
+    from flawmap.methods.plugins import known_methods
 
     if name is not None:
         from flawmap.cli.method_lines import method_lines

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
     from flawmap.methods import Method
-    from flawmap.methods.registry import Entry
+    from flawmap.methods.catalogue import Entry
 
 _BOUNDS = {"ge": "from {}", "gt": "above {}", "le": "to {}", "lt": "to below {}"}
 

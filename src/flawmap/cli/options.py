@@ -53,7 +53,7 @@ MAX_PIXELS = click.option(
 
 def _add_plugins(context: click.Context, parameter: click.Parameter, paths: tuple[Path, ...]) -> None:
     if paths:
-        from flawmap.methods.registry import add_plugin
+        from flawmap.methods.plugins import add_plugin
 
         for path in paths:
             add_plugin(path)
